@@ -1,0 +1,1 @@
+"""Sweeps: each file is a whole experiment, shipped as ``bnlight.sweeps``."""
