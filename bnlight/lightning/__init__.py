@@ -1,0 +1,6 @@
+"""bnlight for PyTorch Lightning: modules and callbacks."""
+
+from bnlight.lightning.classifier import Classifier
+from bnlight.lightning.timing import StepTimer
+
+__all__ = ["Classifier", "StepTimer"]

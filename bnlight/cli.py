@@ -1,0 +1,102 @@
+"""The `bnlight` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+RERUN = {"--retry-failed": "rerun=failed", "--force": "rerun=all"}
+
+DESCRIPTION = """\
+Which normalization should your network use, at your batch size, on your GPUs?
+
+  bnlight train norm=renorm model=resnet data=digits    one job, in a directory of its own
+  bnlight train -m norm=batch,group seed=0,1,2          a sweep over norms and seeds
+  bnlight sweep norms                                   a sweep from a file, then its comparison
+  bnlight compare outputs/norms                         the comparison again, from the files
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 a job failed, 2 the command was wrong, 130 Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="bnlight", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("train", help="train one job, or several with -m (Hydra's command line)", add_help=False)
+    sweep = commands.add_parser("sweep", help="run a sweep file, then compare its jobs", add_help=False)
+    sweep.add_argument("name", nargs="?", help="a file of sweeps/ (without .yaml), or a path to one")
+    compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
+    compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
+    compare.add_argument("--target", type=float, default=0.9, help="accuracy whose first step is reported (default: 0.9)")
+    if given[:1] == ["train"]:
+        return _report(lambda: train(given[1:]))
+    if given[:1] == ["sweep"]:
+        return _report(lambda: run_sweep(given[1:]))
+    options = parser.parse_args(given)
+    return _report(lambda: print_comparison(options.directory, options.target))
+
+
+def train(arguments: list[str], config_name: str = "train") -> int:
+    """`bnlight train`: Hydra's command line over the primary config, and the comparison if it was a sweep."""
+    from bnlight.run import sweep
+    from bnlight.run.application import CommandError, run_hydra
+    from bnlight.run.job import JobFailed
+
+    arguments = [RERUN.get(argument, argument) for argument in arguments]
+    failed = 0
+    try:
+        run_hydra(arguments, config_name)
+    except JobFailed:
+        failed = 1
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it stopped:\n  bnlight " + " ".join(sys.argv[1:]), file=sys.stderr)
+        return 130
+    if sweep.current is not None and int(os.environ.get("RANK", "0")) == 0:
+        print()
+        print_comparison(sweep.current.directory)
+    return failed
+
+
+def run_sweep(arguments: list[str]) -> int:
+    """`bnlight sweep NAME [overrides]`: the sweep file NAME as primary config."""
+    from bnlight.run.application import available_sweeps
+
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        print(
+            f"usage: bnlight sweep NAME [overrides] [--retry-failed] [--force]\n\nsweeps: {', '.join(available_sweeps())}",
+            file=sys.stderr,
+        )
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    name, *rest = arguments
+    file = Path(name) if name.endswith((".yaml", ".yml")) else Path("sweeps") / f"{name}.yaml"
+    if file.is_file():
+        return train(["--config-dir", str(file.parent), *rest], config_name=file.stem)
+    if name not in available_sweeps():
+        print(f"There is no sweep '{name}'. Choose one of {', '.join(available_sweeps())}, or give a path.", file=sys.stderr)
+        return 2
+    return train(rest, config_name=name)
+
+
+def print_comparison(directory: Path, target: float = 0.9) -> int:
+    """`bnlight compare DIRECTORY`: write results.csv and comparison.html, print the table."""
+    from bnlight.compare import compare
+
+    try:
+        compare(directory, target=target).print()
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(command) -> int:  # type: ignore[no-untyped-def]
+    sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
+    return command()

@@ -1,0 +1,49 @@
+"""Builds objects from plain config dicts; the only place that calls Hydra's `instantiate`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+
+
+def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
+    """The object that `config` names in `_target_`, its nested configs built first, lists and dicts left plain."""
+    from hydra.utils import instantiate as hydra_instantiate
+
+    return hydra_instantiate(dict(config), *args, _convert_="all", **kwargs)
+
+
+def arguments(config: Config) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the class or function that `config` names in `_target_`."""
+    from hydra.utils import get_object
+
+    return inspect.signature(get_object(config["_target_"])).parameters
+
+
+def complete(config: Config, **available: Any) -> dict[str, Any]:
+    """`config` plus those of `available` that its target takes and `config` does not set itself."""
+    taken = arguments(config)
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    return dict(config) | {
+        name: value
+        for name, value in available.items()
+        if config.get(name) is None and (anything or name in taken)
+    }
+
+
+def model_config(model: Config, norm: Config, input_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+    """The model's config with the norm and the data's shape in it: all that is needed to build it again.
+
+    Raises ValueError if the model's class takes no `norm`: a sweep over norms would change nothing.
+    """
+    completed = complete(model, norm=dict(norm), input_shape=list(input_shape), num_classes=num_classes)
+    if "norm" not in completed:
+        raise ValueError(
+            f"{model['_target_']} takes no argument `norm`, so the chosen norm ({norm['_target_']}) would have no "
+            f"effect. Its arguments are {', '.join(arguments(model))}. Add `norm` to them, a factory that your "
+            "model calls as norm(channels) wherever it normalizes."
+        )
+    return completed

@@ -1,0 +1,160 @@
+"""The LightningModule for classification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from bnlight.lightning.build import Config, instantiate
+from bnlight.surgery import norm_parameters
+
+STEPS_OF_THE_RUN = ("T_max", "total_steps", "total_iters")  # scheduler arguments whose null means every step
+
+
+class Classifier(pl.LightningModule):
+    """Trains a network with cross-entropy and reports loss and accuracy.
+
+    Args:
+        model: an `nn.Module` that maps a batch to logits `(N, num_classes)`, or a config dict (`_target_` and
+            arguments) of one. From dicts alone, a checkpoint is loadable with `weights_only=True` and by
+            `Classifier.load_from_checkpoint(path)` without further arguments.
+        num_classes: the number of classes.
+        optimizer: a factory called with parameter groups, or a config dict with `_partial_: true`. Norm
+            parameters and biases are in a group of their own without weight decay.
+        scheduler: likewise, called with the optimizer; stepped after every optimizer step. An argument
+            `T_max`, `total_steps` or `total_iters` that is None becomes the run's number of optimizer steps.
+        label_smoothing: share of the target spread over all classes (training loss only).
+
+    Logs `train/loss`, `train/accuracy` and `train/lr` as means since the last log, every
+    `Trainer(log_every_n_steps)` steps and at the end of an epoch; `val/...` and `test/...` once an epoch. Between
+    logs the sums stay on the device: a log call per step would halve the speed of a small model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Config,
+        num_classes: int,
+        optimizer: Callable[..., torch.optim.Optimizer] | Config,
+        scheduler: Callable[..., Any] | Config | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        given = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        self.save_hyperparameters(ignore=[name for name, value in given.items() if not _is_plain(value)])
+        self.model: nn.Module = model if isinstance(model, nn.Module) else instantiate(model)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.label_smoothing = label_smoothing
+        self.metrics = nn.ModuleDict(
+            {
+                f"{stage}_{name}": metric
+                for stage in ("val", "test")
+                for name, metric in (
+                    ("loss", MeanMetric(nan_strategy="disable")),
+                    ("accuracy", MulticlassAccuracy(num_classes, average="micro", validate_args=False)),
+                )
+            }
+        )
+        self._window: list[Tensor] = []  # loss sum, hits and samples since the last log
+        self._logged_at = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        with torch.no_grad():
+            hits = (logits.argmax(dim=1) == y).sum()
+            seen = [loss.detach() * len(y), hits, torch.full_like(hits, len(y))]
+            self._window = [a + b for a, b in zip(self._window, seen, strict=True)] if self._window else seen
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        if step % self.trainer.log_every_n_steps == 0 and step != self._logged_at:
+            self._log_window()
+
+    def on_train_epoch_end(self) -> None:
+        self._log_window()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def configure_optimizers(self) -> Any:
+        undecayed = list(norm_parameters(self))
+        ids = {id(parameter) for parameter in undecayed}
+        decayed = [parameter for parameter in self.parameters() if id(parameter) not in ids]
+        groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+        optimizer = _build(self.optimizer, [group for group in groups if group["params"]])
+        scheduler = self.scheduler
+        if scheduler is None or (isinstance(scheduler, dict) and not scheduler.get("_target_")):
+            return optimizer
+        if isinstance(scheduler, dict):
+            steps = int(self.trainer.estimated_stepping_batches)
+            scheduler = {
+                key: steps if value is None and key in STEPS_OF_THE_RUN else value
+                for key, value in scheduler.items()
+            }
+        schedule = {"scheduler": _build(scheduler, optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _log_window(self) -> None:
+        if not self._window:
+            return
+        sums = torch.stack([value.float() for value in self._window])
+        self._window, self._logged_at = [], self.trainer.global_step
+        loss, hits, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        metrics = {
+            "train/loss": loss / count,
+            "train/accuracy": hits / count,
+            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        for logger in self.loggers:
+            logger.log_metrics(metrics | {"epoch": self.current_epoch}, step=self.global_step)
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        x, y = batch
+        logits = self(x)
+        if len(y):  # a rank may have no sample left while the others still do
+            self.metrics[f"{stage}_loss"].update(F.cross_entropy(logits, y, reduction="none"))
+            self.metrics[f"{stage}_accuracy"].update(logits, y)
+
+    def _log_evaluation(self, stage: str) -> None:
+        values = {}
+        for name in ("loss", "accuracy"):
+            metric = self.metrics[f"{stage}_{name}"]
+            assert isinstance(metric, Metric)
+            values[f"{stage}/{name}"] = metric.compute()
+            metric.reset()
+        self.log_dict(values)
+
+
+def _build(factory: Any, *args: Any) -> Any:
+    return instantiate(factory)(*args) if isinstance(factory, dict) else factory(*args)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return isinstance(value, list | tuple) and all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, str | int | float | bool)

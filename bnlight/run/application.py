@@ -1,0 +1,141 @@
+"""The Hydra application: composes the config of each job and hands it over, with errors that show the choices."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bnlight.run import identity, searchpath
+from bnlight.run.job import run_job
+
+
+class CommandError(Exception):
+    """The command line asks for something that does not exist; the text says what does."""
+
+
+def run_hydra(arguments: list[str], config_name: str) -> None:
+    """Run Hydra's application on `arguments`, a single job or a sweep.
+
+    Raises CommandError for keys and options that do not exist, and what the jobs raise.
+    """
+    identity.register()
+    searchpath.register()
+    overrides = _overrides(arguments)
+    name = _option(arguments, "--config-name", "-cn") or config_name
+    directory = _option(arguments, "--config-dir", "-cd")
+    _refuse_new_top_level_keys(overrides, name, directory)
+    application = hydra.main(version_base="1.3", config_path="pkg://bnlight.conf", config_name=config_name)(run_job)
+    with _hydra_raises(), _argv(["bnlight", *arguments]):
+        try:
+            application()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise CommandError(_explain(error, overrides, name, directory)) from error
+
+
+def available_sweeps() -> list[str]:
+    """The names of the sweeps in ./sweeps and in the package."""
+    import bnlight.sweeps
+
+    folders = [Path("sweeps"), *map(Path, bnlight.sweeps.__path__)]
+    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+
+
+@contextlib.contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Have Hydra raise its exceptions instead of printing them and leaving."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextlib.contextmanager
+def _argv(arguments: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, arguments
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def _option(arguments: list[str], *names: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
+        if key in names:
+            return value or (arguments[index + 1] if index + 1 < len(arguments) else None)
+    return None
+
+
+def _overrides(arguments: list[str]) -> list[Override]:
+    """The `key=value` arguments, parsed; what Hydra's parser refuses it will refuse again, with its own message."""
+    texts = [text for text in arguments if re.match(r"[+~]{0,2}[\w@/.$-]+(=|$)", text) and not text.startswith("-")]
+    parsed = []
+    for text in texts:
+        with contextlib.suppress(HydraException):
+            parsed += OverridesParser.create().parse_overrides([text])
+    return parsed
+
+
+def _composed(name: str, directory: str | None, overrides: list[str], with_hydra: bool = False) -> DictConfig:
+    with initialize_config_module("bnlight.conf", version_base="1.3"):
+        extra = [f"hydra.searchpath=[file://{Path(directory).absolute()}]"] if directory else []
+        return compose(name, [*extra, *overrides], return_hydra_config=with_hydra)
+
+
+def _refuse_new_top_level_keys(overrides: list[Override], name: str, directory: str | None) -> None:
+    """`+nrom=group` would silently become a plain value that nothing reads."""
+    added = [override for override in overrides if override.is_add() or override.is_force_add()]
+    if not added:
+        return
+    known = {str(key) for key in _composed(name, directory, [])}
+    for override in added:
+        key = override.key_or_group
+        top = key.split(".", 1)[0].split("/", 1)[0]
+        if top not in known and top != "hydra":
+            raise CommandError(f"'{override.input_line}' adds a key that nothing reads.\n{_choices(top, known)}")
+
+
+def _explain(error: Exception, overrides: list[Override], name: str, directory: str | None) -> str:
+    """Hydra's error, or for a key that does not exist the keys that do."""
+    text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None and str(part))
+    missing = re.search(r"Missing mandatory value.*?full_key: (\S+)", text, re.DOTALL)
+    if missing:
+        return f"{missing.group(1)} has no value: give one on the command line, {missing.group(1)}=..."
+    key = re.search(r"Key '([^']*)' is not in struct\s+full_key: (\S+)", text)
+    if not isinstance(error, ConfigCompositionException) or key is None:
+        return text
+    path = key.group(2).split(".")
+    kept = [o.input_line for o in overrides if o.input_line and "." not in o.key_or_group and o.key_or_group != path[0]]
+    try:
+        config = _composed(name, directory, [line for line in kept if "," not in line])
+    except (HydraException, OmegaConfBaseException):
+        return text
+    parent = OmegaConf.select(config, ".".join(path[:-1])) if len(path) > 1 else config
+    if not isinstance(parent, DictConfig):
+        return text
+    where = f" in '{'.'.join(path[:-1])}'" if len(path) > 1 else ""
+    return f"There is no key '{path[-1]}'{where}.\n{_choices(path[-1], {str(k) for k in parent})}"
+
+
+def _choices(wanted: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(wanted, known, n=1)
+    hint = f"Did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Keys: {', '.join(sorted(known))}."

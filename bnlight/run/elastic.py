@@ -1,0 +1,53 @@
+"""The launcher of a job's ranks: `python -m bnlight.run.elastic JOB_DIRECTORY PROCESSES [LABEL]`.
+
+A thin use of torch's elastic launcher: it finds a free port, starts the ranks from the job's directory, ends all
+when one fails, and says which failed first and how.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from bnlight.run.processes import die_with_parent, parenthood
+from bnlight.run.status import update_status
+
+
+def main() -> int:
+    """Start the ranks, wait for them, and leave the first failure's traceback in the job's status."""
+    die_with_parent()
+    os.environ.update(parenthood())
+    directory, processes, *label = sys.argv[1:]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=int(processes),
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "bnlight.run.rank", directory, *label)
+    except ChildFailedError as error:
+        update_status(Path(directory), traceback=_first_failure(error))
+        return 1
+    return 0
+
+
+def _first_failure(error: ChildFailedError) -> str:
+    rank, failure = error.get_first_failure()
+    message = failure.error_file_data.get("message", {})
+    trace = message.get("extraInfo", {}).get("py_callstack") if isinstance(message, dict) else None
+    how = f"ended by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
+    return f"rank {rank} {how}\n{trace or failure.message}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

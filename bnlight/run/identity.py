@@ -1,0 +1,58 @@
+"""A job's identity and name, from its resolved config: never from job numbers or the clock."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+# Where things are and what is shown: two jobs that differ only here are the same job.
+NOT_IDENTITY = ("hydra", "paths", "logger", "progress", "rerun", "job")
+
+
+def identity(config: DictConfig) -> str:
+    """The sha256 of the sorted JSON of the resolved config without paths, logger and display options."""
+    config = copy.deepcopy(config)
+    OmegaConf.set_readonly(config, False)
+    with open_dict(config):
+        config.pop("hydra", None)
+        for root in config.get("paths", {}):
+            config.paths[root] = f"<{root}>"
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    kept = {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def choices(config: DictConfig, hydra: DictConfig) -> dict[str, str]:
+    """The option chosen in each config group; a custom option is called after its class."""
+    chosen = {}
+    for group, option in hydra.runtime.choices.items():
+        if "/" in group or option is None:
+            continue
+        target = OmegaConf.select(config, f"{group}._target_")
+        chosen[group] = target.rsplit(".", 1)[-1] if option == "custom" and target else option
+    return chosen
+
+
+def job_name(config: DictConfig, hydra: DictConfig) -> str:
+    """Norm, model, data, seed and the identity's first eight digits, such as `renorm-cnn-digits-s1-3fa9c2d1`."""
+    chosen = choices(config, hydra)
+    parts = [chosen[group] for group in ("norm", "model", "data") if group in chosen]
+    if config.get("seed") is not None:
+        parts.append(f"s{config.seed}")
+    name = "-".join([*parts, identity(config)[:8]])
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _job_name_of_root(_root_: Any) -> str:
+    return job_name(_root_, _root_.hydra)
+
+
+def register() -> None:
+    """Make `${bnlight.job:}` (the job's name) known to OmegaConf."""
+    OmegaConf.register_new_resolver("bnlight.job", _job_name_of_root, replace=True)

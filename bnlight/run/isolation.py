@@ -1,0 +1,84 @@
+"""A job in a process that outlives it leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Give back, at the end of the block, what a training changes in its process.
+
+    That is: environment, seeds and generators, torch's global switches, the process group, signal handlers,
+    and memory of the accelerator.
+    """
+    environment = dict(os.environ)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    threads = torch.get_num_threads()
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {name: signal.getsignal(name) for name in SIGNALS} if main else {}
+    try:
+        yield
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+        torch.set_float32_matmul_precision(precision)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def log_to(path: Path, rank: int = 0) -> Iterator[None]:
+    """Append what is logged and warned during the block to `path`, each line with the rank it comes from."""
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level = root.level
+    lightning = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")]
+    propagation = [logger.propagate for logger in lightning]
+    muted = [handler for logger in lightning for handler in logger.handlers]
+    levels = [handler.level for handler in muted]
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    for logger in lightning:
+        logger.propagate = True
+    for console in muted:  # Lightning's chatter goes to the file, its warnings to the terminal as well
+        console.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        for logger, propagate in zip(lightning, propagation, strict=True):
+            logger.propagate = propagate
+        for console, before in zip(muted, levels, strict=True):
+            console.setLevel(before)
+        handler.close()

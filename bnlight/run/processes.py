@@ -1,0 +1,95 @@
+"""How many processes a job needs, who starts them, and that none outlives its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bnlight.run.status import read_json
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PARENT = "BNLIGHT_PARENT_PID"
+SECONDS_TO_STOP = 45.0  # torch's launcher gives its ranks 30 s between SIGTERM and SIGKILL
+
+
+class RankFailed(RuntimeError):
+    """A rank of a job with several processes failed; the text is that rank's traceback."""
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however it dies (Linux; elsewhere: nothing).
+
+    The parent has left its process id in the environment (`parenthood`), in case it died before this call.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(os.environ[PARENT]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def parenthood() -> dict[str, str]:
+    """What this process adds to the environment of a child that is to die with it."""
+    return {PARENT: str(os.getpid())}
+
+
+def already_started() -> bool:
+    """Whether somebody else (torchrun, srun) has started the ranks, and this process is one of them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return True
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not interactive
+
+
+def this_rank() -> int:
+    """The global rank of this process among ranks that somebody else has started."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def processes_of(trainer: Mapping[str, Any]) -> int:
+    """How many processes the trainer's config wants on this machine."""
+    devices = trainer.get("devices", 1)
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        import torch
+
+        return max(1, torch.cuda.device_count()) if trainer.get("accelerator") != "cpu" else 1
+    try:
+        count = int(devices)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"trainer.devices={devices} is not a number of devices: expected 1, 2, ..., a list or 'auto'")
+    return count
+
+
+def launch(directory: Path, processes: int, label: str) -> None:
+    """Start the job's ranks from its `config.yaml` with torch's elastic launcher, and wait for them.
+
+    Raises RankFailed, with the traceback of the rank that failed first.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    agent = subprocess.Popen(
+        [sys.executable, "-m", "bnlight.run.elastic", str(directory), str(processes), label],
+        env=os.environ | parenthood() | {"OMP_NUM_THREADS": threads},
+    )
+    try:
+        code = agent.wait()
+    except BaseException:
+        agent.terminate()
+        try:
+            agent.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            agent.kill()
+            agent.wait()
+        raise
+    if code < 0:
+        raise RankFailed(f"the launcher of the ranks was ended by {signal.Signals(-code).name}")
+    if code > 0:
+        raise RankFailed(read_json(directory / "status.json").get("traceback") or f"the ranks exited with {code}")

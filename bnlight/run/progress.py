@@ -1,0 +1,154 @@
+"""What a running job tells: its heartbeat in `status.json`, and its progress on the terminal."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bnlight.run.status import this_process, update_status
+
+SECONDS_BETWEEN_BEATS = 15.0
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class Heartbeat(pl.Callback):
+    """Writes on rank 0 that the job lives, and where it is, every few seconds and after each validation."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero and self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._beat, daemon=True, name="bnlight heartbeat")
+            self._thread.start()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._thread is not None:
+            self._write(
+                epoch=trainer.current_epoch + 1,
+                max_epochs=trainer.max_epochs,
+                step=trainer.global_step,
+                metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._end()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def _beat(self) -> None:
+        while not self._stop.wait(SECONDS_BETWEEN_BEATS):
+            self._write()
+
+    def _write(self, **fields: Any) -> None:
+        with self._lock:
+            update_status(self.directory, heartbeat=this_process()["heartbeat"], **fields)
+
+
+class _Display(pl.Callback):
+    """Follows the training on rank 0; subclasses show it."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._shown_at = 0.0
+
+    def _total(self, trainer: pl.Trainer) -> int | None:
+        batches = float(trainer.num_training_batches) * (trainer.max_epochs or -1)
+        return int(batches) if 0 < batches < float("inf") else None
+
+    def _done(self, trainer: pl.Trainer) -> int:
+        return trainer.fit_loop.total_batch_idx + 1
+
+    def _text(self, trainer: pl.Trainer) -> str:
+        score = trainer.callback_metrics.get("val/accuracy")
+        epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs or 1)}/{trainer.max_epochs}"
+        return epoch if score is None else f"{epoch}  val/accuracy {float(score):.4f}"
+
+    def _due(self, seconds: float) -> bool:
+        now = time.monotonic()
+        if now - self._shown_at < seconds:
+            return False
+        self._shown_at = now
+        return True
+
+
+class ProgressBar(_Display):
+    """One live line: job, epoch, metric, elapsed and remaining time."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._bar = Progress(
+            TextColumn(self.title, markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(self._text(trainer), total=self._total(trainer))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._bar is not None and self._due(0.1):
+            self._bar.update(self._task, completed=self._done(trainer), description=self._text(trainer))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._end()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class ProgressLines(_Display):
+    """Plain lines, a few a minute, for logs and pipes."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._due(0.0)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and self._due(SECONDS_BETWEEN_LINES):
+            print(f"{self.title}  {self._text(trainer)}", flush=True)
+
+
+def progress_display(style: str, label: str, name: str) -> list[pl.Callback]:
+    """The callback that shows progress in `style` (auto, bar, plain or off); auto is a bar on a terminal."""
+    title = f"{label} {name}".strip()
+    if style == "auto":
+        style = "bar" if Console().is_terminal else "plain"
+    displays = {"bar": [ProgressBar], "plain": [ProgressLines], "off": []}
+    if style not in displays:
+        raise ValueError(f"progress={style} is unknown; choose one of auto, {', '.join(displays)}")
+    return [display(title) for display in displays[style]]

@@ -1,0 +1,22 @@
+"""Makes bnlight's config groups and sweeps visible to a Hydra application."""
+
+from __future__ import annotations
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+
+class BnlightSearchPath(SearchPathPlugin):
+    """Appends `pkg://bnlight.conf` and `pkg://bnlight.sweeps`: an application's own groups come first."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("bnlight", "pkg://bnlight.conf")
+        search_path.append("bnlight", "pkg://bnlight.sweeps")
+
+
+def register() -> None:
+    """Register the plugin in this process (Hydra 1.3 finds installed plugins by folder only)."""
+    plugins = Plugins.instance()
+    if BnlightSearchPath not in plugins.discover(SearchPathPlugin):
+        plugins.register(BnlightSearchPath)

@@ -1,0 +1,124 @@
+"""What is known of one job on disk: its state, its lock, and files that are never half written.
+
+The job's directory is the source of truth. `status.json` says what happened last; the lock says whether a
+living process owns the directory now, so a `running` left behind by a killed process reads as `interrupted`.
+Nothing here imports torch: a status must be readable on a laptop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STATES = ("running", "done", "failed", "diverged", "preempted", "interrupted")
+STALE_SECONDS = 120.0  # a heartbeat of another host that is older than this is a dead one
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # noqa: PTH101 - mkstemp makes the file private
+        os.replace(temporary, path)  # noqa: PTH105
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # noqa: PTH108
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically; NaN and infinities become null, so any JSON reader can read it."""
+    write_atomic(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; an absent file is an empty object. Raises ValueError for a broken file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it to start this job again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """The job's status; `state` is absent when the job never started, and `interrupted` when its owner is gone."""
+    status = read_json(directory / "status.json")
+    if status.get("state") == "running" and not _owner_lives(directory, status):
+        status["state"] = "interrupted"
+    return status
+
+
+def update_status(directory: Path, **fields: Any) -> dict[str, Any]:
+    """Merge `fields` into the job's status file and return the whole."""
+    status = read_json(directory / "status.json") | fields
+    write_json(directory / "status.json", status)
+    return status
+
+
+class JobBusy(RuntimeError):
+    """Another living process owns this job's directory."""
+
+
+@contextlib.contextmanager
+def own(directory: Path) -> Iterator[None]:
+    """Hold the directory's lock for the duration of the block; the kernel frees it when the process dies.
+
+    Raises JobBusy, naming the owner, if a living process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a+") as lock:
+        for attempt in range(5):  # a reader that only looks holds the lock for an instant
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 4:
+                    status = read_json(directory / "status.json")
+                    owner = f"process {status.get('pid', '?')} on {status.get('host', 'an unknown host')}"
+                    raise JobBusy(f"{directory} is being run by {owner}") from None
+                time.sleep(0.1)
+        yield
+
+
+def this_process() -> dict[str, Any]:
+    """Who is running the job: the fields of the status that name an owner."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": time.time()}
+
+
+def _owner_lives(directory: Path, status: dict[str, Any]) -> bool:
+    if status.get("host") != socket.gethostname():
+        return time.time() - float(status.get("heartbeat") or 0) < STALE_SECONDS
+    try:
+        with (directory / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

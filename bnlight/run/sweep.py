@@ -1,0 +1,69 @@
+"""What a sweep knows of its jobs while it runs: which of how many, and how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+@dataclass
+class Sweep:
+    """A running sweep: `total` is None where the sweeper decides on the way."""
+
+    directory: Path
+    total: int | None
+    seconds: list[float] = field(default_factory=list)  # of the jobs that were run, not skipped
+
+    def label(self, number: int) -> str:
+        """Such as `[3/18, 2 min left]` for the third job; the estimate is the mean job times those to come."""
+        if self.total is None:
+            return f"[{number + 1}]"
+        place = f"{number + 1:>{len(str(self.total))}}/{self.total}"
+        if not self.seconds:
+            return f"[{place}]"
+        left = sum(self.seconds) / len(self.seconds) * (self.total - number)
+        return f"[{place}, {duration(left)} left]"
+
+
+current: Sweep | None = None  # of this process; a process runs one sweep at a time
+
+
+class SweepProgress(Callback):
+    """A Hydra callback that notes where the sweep is and how many jobs it has."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        global current
+        current = Sweep(directory=Path(config.hydra.sweep.dir), total=_count(config))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as `45 s`, `3 min` or `2 h 10 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def timer() -> float:
+    """A clock for durations."""
+    return time.perf_counter()
+
+
+def _count(config: DictConfig) -> int | None:
+    sweeper = config.hydra.sweeper
+    if not sweeper._target_.endswith(".BasicSweeper"):
+        return None
+    arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    try:
+        overrides = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
+        return sum(len(batch) for batch in BasicSweeper.split_arguments(overrides, None))
+    except HydraException:  # glob() needs the config loader, which a callback does not have
+        return None

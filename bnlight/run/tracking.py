@@ -1,0 +1,53 @@
+"""One Weights & Biases run per job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import WandbLogger
+
+
+def wandb_logger(
+    config: Mapping[str, Any],
+    directory: Path,
+    run_id: str,
+    *,
+    project: str,
+    entity: str | None = None,
+    mode: str | None = None,
+    tags: Sequence[str] = (),
+) -> WandbLogger:
+    """Start (or continue) the job's W&B run in `directory` and return Lightning's logger for it.
+
+    The run is called after the job, grouped by sweep, typed by norm, and carries the resolved config with the
+    norm's name in `norm.name`. `mode=None` is online where W&B has a key (`wandb login`, `WANDB_API_KEY`), else
+    offline; `WANDB_MODE` wins. Call `logger.experiment.finish(exit_code=...)` when the job ends.
+    """
+    import wandb
+    from pytorch_lightning.loggers import WandbLogger
+
+    job = config["job"]
+    chosen = job["choices"]
+    labels = [chosen[group] for group in ("norm", "model", "data") if group in chosen]
+    run = wandb.init(
+        project=project,
+        entity=entity,
+        id=run_id,
+        resume="allow",
+        name=job["name"],
+        group=job["sweep"],
+        job_type=chosen.get("norm"),
+        tags=sorted({*labels, *tags}),
+        config={**config, "norm": {**config.get("norm", {}), "name": chosen.get("norm")}},
+        mode=os.environ.get("WANDB_MODE") or mode or ("online" if wandb.api.api_key else "offline"),
+        dir=str(directory),
+        reinit="finish_previous",
+        settings=wandb.Settings(console="off", silent=True),
+    )
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return WandbLogger(experiment=run, save_dir=directory)

@@ -1,0 +1,159 @@
+"""Trains one job in this process, which is one rank of it: data, model, trainer, fit, test, result."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.model_helpers import is_overridden
+
+from bnlight.lightning.build import complete, instantiate, model_config
+from bnlight.lightning.timing import StepTimer
+from bnlight.run.metrics import MetricsFile
+from bnlight.run.progress import Heartbeat, progress_display
+from bnlight.run.status import read_json, write_json
+
+
+def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
+    """Train and test the job of the resolved `config`, and write `result.json` on rank 0.
+
+    The job's owner has written `status.json`; it continues from `checkpoints/last.ckpt` if there is one.
+    """
+    begun = time.time()
+    status = read_json(directory / "status.json")
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    data = instantiate(config["data"])
+    module = build_module(config, data)
+    last = directory / "checkpoints" / "last.ckpt"
+    loggers: list[Any] = [MetricsFile(directory, attempt=status.get("attempt", 1))]
+    tracker = None
+    if config["logger"].get("_target_") and rank_zero_only.rank == 0:
+        tracker = instantiate(config["logger"])(dict(config), directory, status["wandb_id"])
+        loggers.append(tracker)
+    exit_code = 1
+    try:
+        trainer = build_trainer(config, directory, loggers, label)
+        _fit(trainer, module, data, str(last) if last.exists() else None)
+        tested = _test(trainer, module, data)
+        if trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            metrics |= _best_validation(directory / "metrics.csv", trainer.checkpoint_callback) | tested
+            _write_result(directory, config, trainer, metrics, time.time() - begun)
+        exit_code = 0
+    finally:
+        if tracker is not None:
+            tracker.experiment.finish(exit_code=exit_code)
+
+
+def build_module(config: Mapping[str, Any], data: Any) -> pl.LightningModule:
+    """The LightningModule of the config, around the model with the chosen norm in it."""
+    missing = [name for name in ("input_shape", "num_classes") if not hasattr(data, name)]
+    if missing:
+        raise ValueError(
+            f"{type(data).__name__} has no {' and no '.join(missing)}: the model is built for them. Give the data "
+            "module the attributes input_shape (of one sample, such as (1, 28, 28)) and num_classes (an int)."
+        )
+    model = model_config(config["model"], config["norm"], data.input_shape, data.num_classes)
+    parts = {name: config[name] for name in ("optimizer", "scheduler")}
+    module = complete(config["module"], model=model, num_classes=data.num_classes, **parts)
+    built: pl.LightningModule = instantiate(module, _recursive_=False)
+    return built
+
+
+def build_trainer(
+    config: Mapping[str, Any], directory: Path, loggers: list[Any], label: str = ""
+) -> pl.Trainer:
+    """The Trainer of the config, with the job's callbacks; what is shown and measured is bnlight's own."""
+    callbacks = [
+        instantiate(callback, **({"dirpath": str(directory / "checkpoints")} if "ModelCheckpoint" in target else {}))
+        for callback in config["callbacks"].values()
+        if callback and (target := callback["_target_"])
+    ]
+    callbacks += [StepTimer(), Heartbeat(directory), *progress_display(config["progress"], label, config["job"]["name"])]
+    trainer: pl.Trainer = instantiate(
+        config["trainer"],
+        callbacks=callbacks,
+        logger=loggers,
+        default_root_dir=str(directory),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    return trainer
+
+
+def _fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any, checkpoint: str | None) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except SystemExit:
+        if trainer.interrupted:  # Lightning turns Ctrl-C into an exit
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:
+    if not is_overridden("test_step", module) or not is_overridden("test_dataloader", data):
+        return {}
+    kept = trainer.checkpoint_callback
+    best = kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
+    (values,) = trainer.test(module, datamodule=data, ckpt_path=best or None, verbose=False)
+    return dict(values)
+
+
+def _best_validation(path: Path, kept: Any) -> dict[str, float]:
+    """The validation metrics of the checkpoint that was tested."""
+    if not isinstance(kept, ModelCheckpoint) or kept.best_model_score is None or kept.monitor is None:
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(kept.monitor)]
+    sign = 1 if kept.mode == "max" else -1
+    best = max(rows, key=lambda row: sign * float(row[kept.monitor or ""]), default={})
+    return {name: float(value) for name, value in best.items() if name.startswith("val/") and value}
+
+
+def _write_result(
+    directory: Path, config: Mapping[str, Any], trainer: pl.Trainer, metrics: dict[str, float], seconds: float
+) -> None:
+    device = trainer.strategy.root_device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    result = {
+        "metrics": metrics,
+        "world_size": trainer.world_size,
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+        "seconds": seconds,
+        "identity": config["job"]["identity"],
+        "git": git_commit(),
+        "versions": versions(),
+        "hardware": {"device": device.type, "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+    }
+    write_json(directory / "result.json", result)
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the working directory, with `-dirty` when files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """The versions of Python and of what a result depends on."""
+    packages = ("bnlight", "torch", "pytorch-lightning", "torchmetrics", "hydra-core", "wandb")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
