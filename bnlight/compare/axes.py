@@ -1,0 +1,148 @@
+"""Decide which config keys tell the jobs of a sweep apart, and what part each one plays."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_IGNORED = (
+    "job",
+    "hydra",
+    "paths",
+    "logger",
+    "progress",
+    "rerun",
+)  # as in a job's identity: they say where and who, not what
+_DISPLAY = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.default_root_dir"}
+_CONTENDERS = ("norm", "weight", "sync")
+_TUNED = ("optimizer", "scheduler", "norm")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The keys that vary, seeds aside.
+
+    `contenders` are what is compared (the norm; weight and sync if they vary; every key where none of them
+    does). `tuned` keys are settings each contender may choose for itself (learning rate, the norm's options).
+    `conditions` are the circumstances (batch size, model, devices): contenders meet within one condition.
+    `values` has one row per job with a readable config and one column per key.
+    """
+
+    contenders: list[str]
+    tuned: list[str]
+    conditions: list[str]
+    values: pd.DataFrame
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> list[str]:
+        return [*self.conditions, *self.contenders, *self.tuned]
+
+    def label(self, key: str) -> str:
+        return self.labels.get(key, key)
+
+    def contender(self, settings: dict[str, Any]) -> str:
+        """The name of a contender: `renorm`, `batch + sync=world`, or `lr=0.1, momentum=0.9`."""
+        if "norm" not in self.contenders:
+            return ", ".join(f"{self.label(key)}={shown(settings[key])}" for key in self.contenders)
+        extra = [(key, shown(settings[key])) for key in self.contenders if key != "norm"]
+        return " + ".join(
+            [shown(settings["norm"]), *(f"{k}={v}" for k, v in extra if v not in ("none", "-"))]
+        )
+
+    def condition(self, settings: dict[str, Any]) -> str:
+        """The circumstances in words: `batch size = 32, devices = 2`; empty where there is only one."""
+        return ", ".join(f"{self.label(key)} = {shown(settings[key])}" for key in self.conditions)
+
+
+def find_axes(runs: pd.DataFrame, configs: pd.DataFrame) -> Axes:
+    """Compare the resolved configs of all jobs, key by key.
+
+    A key is shown if it varies and was typed in the sweep (it is among the overrides), or if the keys found
+    before it do not determine it; so what follows from the choice of norm (`norm.r_max`) stays out. Keys that
+    follow the seed alone are repetitions, not settings.
+    """
+    runs = runs.loc[configs.index]
+    typed = _typed(runs["overrides"])
+    names = [str(key) for key in configs]
+    choices = {key for key in names if "." not in key}
+    varying = [key for key in names if _is_setting(key, configs[key], runs["job"])]
+    seeds = _codes(runs["seed"])
+    repeated = len(set(seeds)) < len(seeds)
+    groups = np.zeros(len(configs), dtype=np.int64)
+    keys: list[str] = []
+    for key in sorted(varying, key=lambda key: _rank(key, typed, choices)):
+        codes = _codes(configs[key])
+        follows_seed = key not in typed and repeated and _count(seeds, codes) == len(set(seeds))
+        if key in typed or (not follows_seed and _count(groups, codes) > len(set(groups))):
+            keys.append(key)
+            groups = _codes(pd.Series(list(zip(groups, codes, strict=True))))
+    values = configs[keys]
+    contenders = [key for key in _CONTENDERS if key in keys]
+    if contenders:
+        tuned = [key for key in keys if key not in contenders and key.split(".")[0] in _TUNED]
+    else:
+        contenders, tuned = keys or ["norm"], []
+        values = configs[contenders]
+    conditions = [key for key in keys if key not in contenders and key not in tuned]
+    return Axes(contenders, tuned, conditions, values, _labels([*conditions, *contenders, *tuned]))
+
+
+def shown(value: Any) -> str:
+    """A setting as a reader types it: `0.1`, `32` (also for 32.0), `-` for a key this job does not have."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:g}" if value == float(f"{value:g}") else repr(value)
+    return str(value)
+
+
+def sortable(value: Any) -> tuple[int, float, str]:
+    """A sort key for settings: numbers by size, then words, then missing ones."""
+    text = shown(value)
+    try:
+        return (0, float(text), "")
+    except ValueError:
+        return (2, 0.0, "") if text == "-" else (1, 0.0, text)
+
+
+def _typed(overrides: pd.Series) -> set[str]:
+    words = {word for text in overrides.unique() for word in str(text).split() if "=" in word}
+    keys = {word.split("=")[0].lstrip("+~").split("@")[0] for word in words}
+    return {key for key in keys if not key.endswith("_target_")}
+
+
+def _is_setting(key: str, values: pd.Series, jobs: pd.Series) -> bool:
+    if key.replace("/", ".").split(".")[0] in _IGNORED or key in _DISPLAY or key.endswith("seed"):
+        return False
+    if values.nunique(dropna=False) < 2:
+        return False
+    return not any(isinstance(v, str) and job in v for v, job in zip(values, jobs, strict=True))
+
+
+def _rank(key: str, typed: set[str], choices: set[str]) -> tuple[int, int]:
+    contender = _CONTENDERS.index(key) if key in _CONTENDERS else len(_CONTENDERS)
+    return contender, 0 if key in choices else 1 if key in typed else 2
+
+
+def _codes(values: pd.Series) -> np.ndarray:
+    return pd.factorize(values, use_na_sentinel=False)[0]
+
+
+def _count(groups: np.ndarray, codes: np.ndarray) -> int:
+    return len(set(zip(groups.tolist(), codes.tolist(), strict=True)))
+
+
+def _labels(keys: list[str]) -> dict[str, str]:
+    """The shortest tail of each key that no other key has: `data.batch_size` is `batch size`."""
+    labels = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        alone = (t for t in tails if not any(k != key and (k == t or k.endswith("." + t)) for k in keys))
+        labels[key] = next(alone, key).replace("_", " ")
+    return labels
