@@ -1,0 +1,18 @@
+"""Normalization layers that need only torch: `from bnlight.norm import BatchNorm`."""
+
+from bnlight.norm.base import Norm
+from bnlight.norm.batchnorm import BatchNorm
+from bnlight.norm.renorm import BatchRenorm
+from bnlight.norm.sample import GroupNorm, InstanceNorm, LayerNorm, NoNorm
+
+NORMS: dict[str, type[Norm]] = {
+    "batch": BatchNorm,
+    "renorm": BatchRenorm,
+    "layer": LayerNorm,
+    "group": GroupNorm,
+    "instance": InstanceNorm,
+    "none": NoNorm,
+}
+"""The one table of names."""
+
+__all__ = ["NORMS", "BatchNorm", "BatchRenorm", "GroupNorm", "InstanceNorm", "LayerNorm", "NoNorm", "Norm"]

@@ -1,0 +1,150 @@
+"""What every layer shares: its arguments, affine parameters, input checks, axis order and mask."""
+
+import inspect
+from collections.abc import Callable
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from bnlight.norm.core import statistics_dtype
+
+Device = torch.device | str | int | None
+
+
+class Norm(nn.Module):
+    """Base of the layers: `normalize(x, valid)` is all that a subclass writes.
+
+    `x` is `(N, C)` or `(N, C, *)` with `channel_dim=1`, `(N, C)` or `(N, *, C)` with `channel_dim=-1`. `mask`
+    is bool, of x's shape without the channel axis, True where `x` is valid. The result has x's shape, dtype
+    and memory layout and is 0 where the mask is False; what `x` holds there reaches no result and no
+    gradient.
+
+    `weight` and `bias`, `(num_features,)`, start at 1 and 0; `affine=False` means neither, `bias=False` no
+    bias. They follow the module's dtype. Buffers stay float32 (float64 after `.double()`) in half-precision
+    modules.
+
+    Raises ValueError for a wrong number of channels, rank or mask shape, and TypeError if `x` is not floating
+    point or the mask not bool.
+    """
+
+    cancels_bias: ClassVar[bool] = False
+    """Whether a bias added just before this layer has no effect."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
+        channel_dim: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if num_features < 1:
+            raise ValueError(f"{name}: num_features must be at least 1, got {num_features}")
+        if eps < 0:
+            raise ValueError(f"{name}: eps must not be negative, got {eps}")
+        if channel_dim not in (1, -1):
+            raise ValueError(f"{name}: channel_dim must be 1 (N, C, *) or -1 (N, *, C), got {channel_dim}")
+        self.num_features = num_features
+        self.eps = eps
+        self.affine = affine
+        self.channel_dim = channel_dim
+        for parameter, wanted in (("weight", affine), ("bias", affine and bias)):
+            empty = torch.empty(num_features, device=device, dtype=dtype) if wanted else None
+            self.register_parameter(parameter, None if empty is None else nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self._check(x, mask)
+        shape, last = x.shape, self.channel_dim == -1 and x.dim() > 2
+        if (
+            last
+        ):  # (N, *, C) is (N, C, positions, 1) in channels last: a view, in a layout torch's kernels know.
+            x = x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2)
+        if mask is None:
+            y = self.normalize(x, None)
+        else:
+            valid = mask.reshape(x.size(0), 1, *x.shape[2:])
+            y = self.normalize(x.masked_fill(~valid, 0), valid).masked_fill(~valid, 0)
+        return y.permute(0, 2, 3, 1).reshape(shape) if last else y
+
+    def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """The layer's formula for `x`, `(N, C)` or `(N, C, *)`, zero where `valid`, `(N, 1, *)`, is False."""
+        raise NotImplementedError
+
+    def full_affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias in the dtype of x's statistics, 1 and 0 where the layer has none."""
+        dtype, size = statistics_dtype(x.dtype), self.num_features
+        weight, bias = self.weight, self.bias
+        return (
+            torch.ones(size, device=x.device, dtype=dtype) if weight is None else weight.to(dtype),
+            torch.zeros(size, device=x.device, dtype=dtype) if bias is None else bias.to(dtype),
+        )
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        axes = "(N, C) or (N, C, *)" if self.channel_dim == 1 else "(N, C) or (N, *, C)"
+        seen = tuple(x.shape)
+        if x.dim() < 2:
+            raise ValueError(
+                f"{self}: expected input {axes}, got shape {seen}; add a batch axis with x[None]"
+            )
+        channels = x.size(self.channel_dim)
+        if channels != self.num_features:
+            raise ValueError(
+                f"{self}: expected {self.num_features} channels on axis {self.channel_dim} of {axes}, "
+                f"got {channels} in shape {seen}. Set num_features={channels}, or channel_dim="
+                f"{-self.channel_dim} if the channels are on the other axis"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{self}: expected floating point input, got {x.dtype}; convert it with x.float()"
+            )
+        if mask is None:
+            return
+        expected = seen[:1] + seen[2:] if self.channel_dim == 1 else seen[:-1]
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"{self}: expected a mask of shape {expected}, the input's without its channel axis, got "
+                f"{tuple(mask.shape)}; mask.expand() repeats it along an axis"
+            )
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{self}: expected a bool mask (True = valid), got {mask.dtype}; use mask.bool()")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .half() and .to(torch.bfloat16) are meant for parameters; statistics keep their values.
+        statistics = {k: b for k, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in statistics.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype not in (torch.float32, torch.float64):
+                self._buffers[name] = before.to(after.device, torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        shown = [str(self.num_features)]
+        for name, argument in inspect.signature(type(self)).parameters.items():
+            if name in ("num_features", "device", "dtype"):
+                continue
+            value = getattr(self, name)
+            if name == "bias":
+                value = value is not None or not self.affine
+            elif isinstance(value, Tensor):
+                value = argument.default if value.is_meta else float(f"{value.item():g}")
+            if value != argument.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)

@@ -1,0 +1,214 @@
+"""What the layers share whose statistics come from the batch: running averages, virtual and small batches."""
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnlight.norm.base import Device, Norm
+from bnlight.norm.core import Moments, statistics_dtype
+from bnlight.norm.virtual import VirtualBatches
+
+SmallBatch = Literal["error", "running"]
+
+
+class BatchStatistics(Norm):
+    """Base of the layers that normalize by the batch in training and by running averages in evaluation.
+
+    A subclass says how the averages move (`update`), and may change the affine map by the batch
+    (`batch_affine`).
+    """
+
+    cancels_bias: ClassVar[bool] = True
+
+    not_in_torch: ClassVar[tuple[str, ...]] = ()
+    """Names of the state that a `torch.nn.BatchNorm*` state dict does not have."""
+
+    _version = 2  # as torch.nn.BatchNorm: since 2 a state dict has num_batches_tracked
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        bias: bool = True,
+        track_running_stats: bool = True,
+        virtual_batch_size: int | None = None,
+        small_batch: SmallBatch = "error",
+        channel_dim: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            bias=bias,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+        name = type(self).__name__
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(
+                f"{name}: momentum must be in [0, 1] or None, got {momentum}. It is the weight of the new "
+                "batch, as in torch; a Keras momentum m is 1 - m here"
+            )
+        if virtual_batch_size is not None and virtual_batch_size < 1:
+            raise ValueError(
+                f"{name}: virtual_batch_size must be at least 1 or None, got {virtual_batch_size}"
+            )
+        if small_batch not in ("error", "running"):
+            raise ValueError(f"{name}: small_batch must be 'error' or 'running', got {small_batch!r}")
+        if small_batch == "running" and not track_running_stats:
+            raise ValueError(f"{name}: small_batch='running' needs track_running_stats=True")
+        self.momentum = momentum
+        self.track_running_stats = track_running_stats
+        self.virtual_batch_size = virtual_batch_size
+        self.small_batch = small_batch
+        kind = statistics_dtype(dtype or torch.get_default_dtype())
+        buffers = {
+            "running_mean": torch.zeros(num_features, device=device, dtype=kind),
+            "running_var": torch.ones(num_features, device=device, dtype=kind),
+            "num_batches_tracked": torch.zeros((), device=device, dtype=torch.long),
+        }
+        for key, buffer in buffers.items():
+            self.register_buffer(key, buffer if track_running_stats else None)
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1 and the number of batches to 0."""
+        if (
+            self.running_mean is not None
+            and self.running_var is not None
+            and self.num_batches_tracked is not None
+        ):
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if not self._uses_batch():
+            return self._by_running_statistics(x)
+        groups, values = self._groups(len(x), math.prod(x.shape[2:]))
+        if values == 0:
+            self._count_batch(1)
+        if values == 0 or (values == 1 and valid is None):
+            return self._by_running_statistics(x)
+        return self._by_batch_statistics(x, valid, groups)
+
+    def batch_affine(self, x: Tensor, batch: Moments) -> tuple[Tensor, Tensor]:
+        """Weight and bias, `(K, C)`, that follow the normalization of the K groups by their moments."""
+        weight, bias = self.full_affine(x)
+        return weight.expand_as(batch.mean), bias.expand_as(batch.mean)
+
+    def update(self, batch: Moments, used: Tensor | None) -> None:
+        """Move the running averages towards the groups' moments, `(K, C)`; `used`: which count, None all."""
+        raise NotImplementedError
+
+    def follow(self, average: Tensor, values: Tensor, used: Tensor | None) -> None:
+        """Move a running average one step towards the mean of the groups' values, in place."""
+        if used is None:
+            average.lerp_(values.mean(0).to(average.dtype), self.rate())
+        else:
+            groups = used.sum(0)
+            target = (values * used).sum(0) / groups.clamp(min=1)
+            average.lerp_(target.to(average.dtype), (self.rate() * (groups > 0)).to(average.dtype))
+
+    def rate(self) -> float:
+        """Weight of this batch in the running averages."""
+        if self.momentum is None and self.num_batches_tracked is not None:
+            return 1 / max(1, int(self.num_batches_tracked))
+        return self.momentum or 0.0
+
+    def running_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance in the dtype of x's statistics, 0 and 1 where the layer has none."""
+        dtype = statistics_dtype(x.dtype)
+        if self.running_mean is None or self.running_var is None:
+            mean = torch.zeros(self.num_features, device=x.device, dtype=dtype)
+            return mean, torch.ones_like(mean)
+        return self.running_mean.to(dtype), self.running_var.to(dtype)
+
+    def _by_running_statistics(self, x: Tensor) -> Tensor:
+        weight, bias = self.full_affine(x)
+        mean, var = self.running_statistics(x)
+        if self.training:  # The next forward may move the averages before this one's backward has read them.
+            mean, var = mean.clone(), var.clone()
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+
+    def _by_batch_statistics(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
+        batches = VirtualBatches(x, valid, groups)
+        batch = batches.moments()
+        used = share = None
+        counted: Tensor | int = 1
+        if isinstance(batch.number, Tensor):  # Groups with one value or none take the running statistics.
+            used = batch.number > 1
+            share = torch.where(used, 1 / batch.number, 0)
+            counted = (batch.number != 1).any()
+            mean, var = self.running_statistics(x)
+            batch = Moments(
+                torch.where(used, batch.mean, mean), torch.where(used, batch.var, var), batch.number
+            )
+        weight, bias = self.batch_affine(x, batch)
+        if self.training and self.track_running_stats:
+            with torch.no_grad():
+                self._count_batch(counted)
+                self.update(batch, used)
+        return batches.normalize(weight, bias, batch.mean, batch.var, self.eps, share)
+
+    def _count_batch(self, number: Tensor | int) -> None:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(number)
+
+    def _uses_batch(self) -> bool:
+        return self.training or not self.track_running_stats
+
+    def _groups(self, samples: int, positions: int) -> tuple[int, int]:
+        """Number of virtual batches, and of values per channel in the smallest."""
+        groups = 1 if self.virtual_batch_size is None else max(1, samples // self.virtual_batch_size)
+        return groups, samples // groups * positions
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        super()._check(x, mask)
+        if self.small_batch == "running" or not self._uses_batch():
+            return
+        shape = x.shape[2:] if self.channel_dim == 1 or x.dim() == 2 else x.shape[1:-1]
+        groups, values = self._groups(len(x), math.prod(shape))
+        alone = values == 1
+        if mask is not None and values > 0:
+            valid = F.pad(mask.reshape(len(x), -1).sum(1), (0, -len(x) % groups)).view(-1, groups).sum(0)
+            alone = not torch.compiler.is_compiling() and bool((valid == 1).any())
+        if alone:
+            raise ValueError(
+                f"{self}: input of shape {tuple(x.shape)} leaves one value per channel"
+                f"{' in a virtual batch' if groups > 1 else ''}, which has no variance. Use a larger batch, "
+                "drop_last=True in the DataLoader, small_batch='running', or a norm without batch statistics "
+                "such as LayerNorm or GroupNorm"
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        optional = [{prefix + name for name in self.not_in_torch}]
+        if (local_metadata.get("version") or 1) < 2:
+            optional.append({prefix + "num_batches_tracked"})
+        for keys in optional:
+            if keys <= set(missing_keys):
+                missing_keys[:] = [key for key in missing_keys if key not in keys]

@@ -1,0 +1,59 @@
+"""Batch normalization."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.core import Moments, statistics_dtype
+
+
+class BatchNorm(BatchStatistics):
+    """Batch normalization: each channel by the mean and variance of the batch.
+
+    `y = (x - mean) / sqrt(var + eps) * weight + bias`
+
+    Training uses the batch's mean and biased variance, and moves the running averages towards its mean and
+    unbiased variance. Evaluation uses the running averages, or the batch with `track_running_stats=False`.
+    Without a mask and virtual batches this is torch's own kernel. See `Norm` for shapes, masks and their
+    errors.
+
+    Args:
+        num_features: number of channels C.
+        momentum: weight of the new batch in the running averages; None makes them plain averages of all
+            batches.
+        virtual_batch_size: normalize `K = max(1, N // virtual_batch_size)` groups separately ("ghost
+            batches"). Sample n belongs to group n mod K. The running averages move once, towards the groups'
+            mean.
+        small_batch: what a group with one value per channel does in training. "error" raises ValueError,
+            "running" normalizes it by the running averages and leaves those as they are. No values at all are
+            no error, and leave the averages as they are.
+
+    Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithms 1 and 2; virtual batches: Hoffer et al. 2017
+    (arXiv 1705.08741), algorithm 1.
+
+    >>> import torch
+    >>> layer = BatchNorm(3)
+    >>> layer(torch.tensor([[1.0, 2.0, 3.0], [3.0, 6.0, 9.0]])).detach().round(decimals=2)
+    tensor([[-1., -1., -1.],
+            [ 1.,  1.,  1.]])
+    >>> layer.running_mean
+    tensor([0.2000, 0.4000, 0.6000])
+    """
+
+    def _by_batch_statistics(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
+        mean, var = (self.running_mean, self.running_var) if self.training else (None, None)
+        if valid is not None or groups > 1 or (mean is not None and mean.dtype != statistics_dtype(x.dtype)):
+            return super()._by_batch_statistics(x, valid, groups)
+        self._count_batch(1)
+        weight, bias = self.full_affine(x)
+        return F.batch_norm(x, mean, var, weight, bias, True, self.rate(), self.eps)
+
+    def update(self, batch: Moments, used: Tensor | None) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        if isinstance(batch.number, int):
+            bessel: Tensor | float = batch.number / (batch.number - 1)
+        else:
+            bessel = batch.number / (batch.number - 1).clamp(min=1)
+        self.follow(self.running_mean, batch.mean, used)
+        self.follow(self.running_var, batch.var * bessel, used)

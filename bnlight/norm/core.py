@@ -1,0 +1,157 @@
+"""The arithmetic behind the layers: moments of a batch, and normalization by them.
+
+Everything works per channel (axis 1) of a tensor `(N, C)` or `(N, C, *)`. Virtual batches, a mask and
+per-sample statistics are ways to arrange `x` before these functions, not other functions: a group of samples,
+or one sample's group of channels, becomes a channel of its own.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+aten = torch.ops.aten
+
+
+class Moments(NamedTuple):
+    """Mean, biased variance and number of values of each channel; the number is an int if all have it."""
+
+    mean: Tensor
+    var: Tensor
+    number: Tensor | int
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 values, float32 for all others: an average in half precision stops moving."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_layout(x: Tensor) -> torch.memory_format | None:
+    """The layout torch's kernels would see: contiguous, channels last, or None for any other strides."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is not None and x.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return None
+
+
+def keep_layout(y: Tensor, like: Tensor) -> Tensor:
+    """`y` in the memory layout of `like`."""
+    return y.contiguous(memory_format=memory_layout(like) or torch.contiguous_format)
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """View `(C,)` so that it broadcasts over `like`, `(N, C, *)`."""
+    return values.view(-1, *[1] * (like.dim() - 2))
+
+
+def moments(x: Tensor, valid: Tensor | None = None) -> Moments:
+    """Moments of each channel over the values where `valid`, of x's shape, is True; not differentiable.
+
+    Where `valid` is False `x` must be zero. A channel without values has mean 0 and variance 0.
+    """
+    total = x.numel() // x.size(1)
+    if valid is None:
+        mean, var = _mean_var(x)
+        return Moments(mean, var, total)
+    dtype = statistics_dtype(x.dtype)
+    number = _sum(valid, dtype)
+    mean = _sum(x, dtype) / number.clamp(min=1)
+    # Padding placed at the mean adds nothing to the sum of squares.
+    _, var = _mean_var(torch.where(valid, x, per_channel(mean, x)))
+    return Moments(mean, var * (total / number.clamp(min=1)), number)
+
+
+def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dim() > 2 and x.is_contiguous():
+        return x.flatten(2).sum(2, dtype=dtype).sum(0)  # several times faster than one sum over (0, 2, ...)
+    return x.sum([axis for axis in range(x.dim()) if axis != 1], dtype=dtype)
+
+
+def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = statistics_dtype(x.dtype)
+    mean: Tensor
+    var: Tensor
+    vectors = x.device.type == "cpu" and x.dtype == dtype and x.dim() > 2 and x.is_contiguous()
+    if vectors and not torch.compiler.is_compiling():  # a compiled graph cannot read values
+        # torch's forward kernel sums planes value by value, its backward kernel in vectors: with x for the
+        # gradient it returns sum((x - mean) * x), the centred sum of squares, in half the time.
+        total = x.numel() // x.size(1)
+        mean = _sum(x, dtype) / total
+        squares = aten.native_batch_norm_backward(
+            x, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
+        )[1]
+        var = (squares / total).clamp(min=0)
+        # The rounding of the mean enters this sum times the mean itself, which must not be far from zero.
+        if not bool((mean.square() > 16 * var).any()):
+            return mean, var
+    if x.device.type in ("cpu", "cuda"):
+        # Without full-precision averages to update, the kernel would return bf16 statistics for bf16 input.
+        unused = torch.zeros(x.size(1), dtype=dtype, device=x.device)
+        mean, var = aten.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
+        return mean, var
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    var, mean = torch.var_mean(x.to(dtype), axes, correction=0)
+    return mean, var
+
+
+class _Normalize(torch.autograd.Function):
+    """One elementwise pass forward and one native call backward; see `normalize`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        share: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var, share)
+        ctx.eps = eps
+        y: Tensor = aten.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+        return y
+
+    @staticmethod
+    @once_differentiable  # differentiating this backward again would be silently wrong
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, share = ctx.saved_tensors
+        eps, dy = ctx.eps, keep_layout(dy, x)
+        invstd = (var + eps).rsqrt()
+        if share is None:
+            needed = list(ctx.needs_input_grad[:3])
+            dx, dweight, dbias = aten.native_batch_norm_backward(
+                dy, x, weight, None, None, mean, invstd, True, eps, needed
+            )
+        else:
+            dx, dweight, dbias = aten.native_batch_norm_backward(
+                dy, x, weight, mean, var, None, None, False, eps, [True, True, True]
+            )
+            # So far the statistics were constants. Each value also moves them, by its share:
+            # dx -= weight / std * share * (xhat * dweight + dbias), again one elementwise pass.
+            pull = -weight * invstd * share
+            dx += aten.native_batch_norm(x, pull * dweight, pull * dbias, mean, var, False, 0.0, eps)[0]
+        return dx, dweight, dbias, None, None, None, None
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    share: Tensor | None = None,
+) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` per channel, where mean and var are statistics of `x`.
+
+    The gradient of `x` includes its way through the statistics. `share` says how much each value counts in
+    them: `1 / number` where only that many values are valid, 0 where the statistics are constants, None when
+    every value counts. First order only. All per-channel tensors have the statistics' dtype.
+    """
+    y: Tensor = _Normalize.apply(x, weight, bias, mean, var, eps, share)  # type: ignore[no-untyped-call]
+    return y

@@ -1,0 +1,234 @@
+"""The layers whose statistics come from one sample, in training as in evaluation, and the one without any."""
+
+import warnings
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bnlight.norm.base import Device, Norm
+from bnlight.norm.core import keep_layout, memory_layout, moments, normalize, per_channel, statistics_dtype
+
+
+class SampleStatistics(Norm):
+    """Base of the layers that normalize each sample by itself."""
+
+    _warned = False
+
+    def by_groups(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
+        """Normalize each of a sample's groups of channels over its valid values."""
+        self.warn_if_alone(x, x.numel() // max(1, len(x) * groups))
+        if valid is None or x.numel() == 0:
+            return group_norm(x, groups, *self.native_affine(x), self.eps).to(x.dtype)
+        # A sample's group becomes a channel of a batch of one.
+        values = x.to(statistics_dtype(x.dtype)).reshape(1, len(x) * groups, -1)
+        with torch.no_grad():
+            mean, var, number = moments(values, valid.expand_as(x).reshape(values.shape))
+            share = 1 / torch.as_tensor(number).clamp(min=1)
+        ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
+        y = normalize(values, ones, zeros, mean, var, self.eps, share).view(x.shape)
+        weight, bias = self.full_affine(x)
+        return keep_layout((y * per_channel(weight, x) + per_channel(bias, x)).to(x.dtype), x)
+
+    def native_affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias in the dtype torch's kernels take beside `x`: full on CPU, x's own elsewhere."""
+        weight, bias = self.full_affine(x)
+        return (weight, bias) if x.device.type == "cpu" else (weight.to(x.dtype), bias.to(x.dtype))
+
+    def warn_if_alone(self, x: Tensor, values: int) -> None:
+        """Warn, once per layer, when each group has one value, so that the output says nothing about `x`."""
+        if values != 1 or x.numel() == 0 or self._warned or torch.compiler.is_compiling():
+            return
+        self._warned = True
+        warnings.warn(
+            f"{self}: in input of shape {tuple(x.shape)} each group has one value, so the output is the bias "
+            "whatever the input is. Use fewer groups, or NoNorm at this place",
+            stacklevel=2,
+        )
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`torch.group_norm` in x's memory layout, without the weak spots of its channels-last kernel on CPU."""
+    if x.device.type != "cpu" or x.is_contiguous() or torch.compiler.is_compiling():
+        return keep_layout(torch.group_norm(x, groups, weight, bias, eps), x)
+    # Groups narrower than a vector register are slow there: up to ten times slower than by way of contiguous.
+    if memory_layout(x) is not None and x.size(1) // groups * x.element_size() >= 32:
+        n, c = x.shape[:2]
+        y, mean, invstd = torch.native_group_norm(x, weight, bias, n, c, x.numel() // (n * c), groups, eps)
+        # The kernel's variance is E[x^2] - E[x]^2, which is lost when the mean is far from zero.
+        if not bool(((mean * invstd).square() > 16).any()):
+            return y
+    return keep_layout(torch.group_norm(x.contiguous(), groups, weight, bias, eps), x)
+
+
+class LayerNorm(SampleStatistics):
+    """Layer normalization: each sample, or each of its positions, by its own mean and variance.
+
+    `y = (x - mean) / sqrt(var + eps) * weight + bias`
+
+    Training and evaluation are the same. `over="sample"` takes mean and variance over a sample's channels and
+    positions, as group norm with one group; `over="channels"` over the channels at each position, as
+    transformers do. For `(N, C)` both are the same. See `Norm` for shapes, masks and their errors; ValueError
+    for another `over`. Warns once if there is one value to normalize.
+
+    Source: Ba et al. 2016 (arXiv 1607.06450), section 3; over the sample: Wu and He 2018 (arXiv 1803.08494),
+    section 3.
+
+    >>> layer = LayerNorm(2, over="channels", channel_dim=-1)
+    >>> layer(torch.tensor([[[1.0, 3.0], [5.0, 9.0]]])).detach().round(decimals=2)
+    tensor([[[-1.,  1.],
+             [-1.,  1.]]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
+        over: Literal["sample", "channels"] = "sample",
+        channel_dim: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            bias=bias,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+        if over not in ("sample", "channels"):
+            raise ValueError(f"LayerNorm: over must be 'sample' or 'channels', got {over!r}")
+        self.over = over
+
+    def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if self.over == "sample" and x.dim() > 2:
+            return self.by_groups(x, valid, 1)
+        self.warn_if_alone(x, self.num_features)
+        y = torch.layer_norm(x.movedim(1, -1), (self.num_features,), *self.native_affine(x), self.eps)
+        return keep_layout(y.movedim(-1, 1).to(x.dtype), x)
+
+
+class GroupNorm(SampleStatistics):
+    """Group normalization: each group of consecutive channels of a sample by its own mean and variance.
+
+    `y = (x - mean) / sqrt(var + eps) * weight + bias`
+
+    Training and evaluation are the same. `num_groups=None` takes the largest divisor of C not above `min(32,
+    C // 4)`, at least 1: the paper's 32 groups where C allows it, and at least four channels in each. See
+    `Norm` for shapes, masks and their errors; ValueError if `num_groups` does not divide C. Warns once if a
+    group has one value.
+
+    Source: Wu and He 2018 (arXiv 1803.08494), section 3.
+
+    >>> GroupNorm(96).num_groups
+    24
+    >>> GroupNorm(4, num_groups=2)(torch.tensor([[1.0, 3.0, 10.0, 30.0]])).detach().round(decimals=2)
+    tensor([[-1.,  1., -1.,  1.]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
+        num_groups: int | None = None,
+        channel_dim: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            bias=bias,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+        divisors = [d for d in range(1, num_features + 1) if num_features % d == 0]
+        if num_groups is None:
+            num_groups = max(d for d in divisors if d <= max(1, min(32, num_features // 4)))
+        if num_groups not in divisors:
+            raise ValueError(
+                f"GroupNorm: num_groups={num_groups} does not divide num_features={num_features}; "
+                f"use one of {divisors}"
+            )
+        self.num_groups = num_groups
+
+    def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        return self.by_groups(x, valid, self.num_groups)
+
+
+class InstanceNorm(SampleStatistics):
+    """Instance normalization: each channel of each sample by its own mean and variance.
+
+    `y = (x - mean) / sqrt(var + eps) * weight + bias`
+
+    Training and evaluation are the same: there are no running statistics. See `Norm` for shapes, masks and
+    their errors; ValueError for `(N, C)`, which has one value per channel. Warns once if there is one
+    position.
+
+    Source: Ulyanov et al. 2016 (arXiv 1607.08022), section 2.
+
+    >>> InstanceNorm(1)(torch.tensor([[[1.0, 3.0]], [[10.0, 30.0]]])).detach().round(decimals=2).flatten()
+    tensor([-1.,  1., -1.,  1.])
+    """
+
+    cancels_bias: ClassVar[bool] = True
+
+    def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        # Group norm with C groups is the same, and in float32 twice as fast as torch's instance norm.
+        return self.by_groups(x, valid, self.num_features)
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        super()._check(x, mask)
+        if x.dim() == 2:
+            raise ValueError(
+                f"{self}: expected input with positions, (N, C, *) or (N, *, C), got shape {tuple(x.shape)}, "
+                "one value per channel and sample; use LayerNorm or GroupNorm here"
+            )
+
+
+class NoNorm(Norm):
+    """No normalization: `y = x`, or `y = x * weight + bias` with `affine=True`.
+
+    Training and evaluation are the same. It takes the arguments of the other layers, so that it can stand
+    where they stand; `eps` is unused. See `Norm` for shapes, masks and their errors.
+
+    >>> NoNorm(2)(torch.tensor([[1.0, 3.0]]))
+    tensor([[1., 3.]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = False,
+        bias: bool = True,
+        channel_dim: int = 1,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps=eps,
+            affine=affine,
+            bias=bias,
+            channel_dim=channel_dim,
+            device=device,
+            dtype=dtype,
+        )
+
+    def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if not self.affine:
+            return x
+        weight, bias = self.full_affine(x)
+        return (x * per_channel(weight, x) + per_channel(bias, x)).to(x.dtype)

@@ -1,0 +1,74 @@
+"""Virtual batches: arrange a batch, valid or padded, in groups that have statistics of their own."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnlight.norm.core import Moments, memory_layout, moments, normalize
+
+
+class VirtualBatches:
+    """Sample n of `x`, `(N, C)` or `(N, C, *)`, belongs to group n mod K; per-channel tensors are `(K, C)`.
+
+    Each group's channels become channels of their own. In a contiguous `x` that is a view with K*C channels;
+    in channels last the groups lie between samples and channels, so every group is copied to `(values, C)`.
+    Groups that are one sample short are padded: `valid` says which values count, None that all do.
+    """
+
+    def __init__(self, x: Tensor, valid: Tensor | None, groups: int) -> None:
+        self.samples, self.groups = len(x), groups
+        if (short := -len(x) % groups) > 0:
+            if valid is None:
+                valid = torch.ones(len(x), *[1] * (x.dim() - 1), dtype=torch.bool, device=x.device)
+            pad = [0, 0] * (x.dim() - 1) + [0, short]
+            x, valid = F.pad(x, pad), F.pad(valid, pad)
+        x = x if memory_layout(x) else x.contiguous()
+        self.valid, self.shape, self.is_contiguous = valid, x.shape, x.is_contiguous()
+        self.pieces = self._split(x)
+
+    def moments(self) -> Moments:
+        """Mean, biased variance and number of values of each group's channels; not differentiable."""
+        with torch.no_grad():
+            if self.valid is None:
+                parts = [moments(piece) for piece in self.pieces]
+            else:
+                valid = self._split(self.valid.expand(self.shape))
+                parts = [moments(piece, where) for piece, where in zip(self.pieces, valid, strict=True)]
+            means, variances, numbers = zip(*parts, strict=True)
+            number = numbers[0] if self.valid is None else self._rows(numbers)
+            return Moments(self._rows(means), self._rows(variances), number)
+
+    def normalize(
+        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, share: Tensor | None
+    ) -> Tensor:
+        """`core.normalize` in each group, back in the order and layout of the batch."""
+        count = len(self.pieces)
+        rows = [tensor.reshape(count, -1) for tensor in (weight, bias, mean, var)]
+        shares = [None] * count if share is None else share.reshape(count, -1)
+        results = [
+            normalize(piece, w, b, m, v, eps, s)
+            for piece, w, b, m, v, s in zip(self.pieces, *rows, shares, strict=True)
+        ]
+        y = self._join(results)
+        return y if len(y) == self.samples else y[: self.samples]
+
+    def _rows(self, values: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat(values).view(self.groups, -1)
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        n, c = self.shape[:2]
+        if self.groups == 1:
+            return [x]
+        if self.is_contiguous:
+            return [x.reshape(n // self.groups, self.groups * c, *self.shape[2:])]
+        rows = x.movedim(1, -1).reshape(n // self.groups, self.groups, -1, c)
+        return [group.reshape(-1, c) for group in rows.unbind(1)]
+
+    def _join(self, pieces: list[Tensor]) -> Tensor:
+        n, c = self.shape[:2]
+        if self.groups == 1:
+            return pieces[0]
+        if self.is_contiguous:
+            return pieces[0].view(self.shape)
+        rows = torch.stack([piece.view(n // self.groups, -1, c) for piece in pieces], dim=1)
+        return rows.view(n, *self.shape[2:], c).movedim(-1, 1)

@@ -1,0 +1,31 @@
+"""Find and change the normalization layers of a model."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from bnlight.norm import Norm
+
+TORCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def norm_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield every parameter of a norm layer and every bias of any module: an optimizer's no-decay group.
+
+    Norms are bnlight's and torch's; a bias is a parameter named `bias` or `bias_...`. A parameter that
+    several modules share comes once, also when only one of them makes it a norm's or a bias.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    >>> plain = set(norm_parameters(model))
+    >>> [name for name, parameter in model.named_parameters() if parameter not in plain]
+    ['0.weight']
+    """
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        is_norm = isinstance(module, (Norm, *TORCH_NORMS))
+        for name, parameter in module.named_parameters(recurse=False):
+            if (is_norm or name == "bias" or name.startswith("bias_")) and parameter not in seen:
+                seen.add(parameter)
+                yield parameter
