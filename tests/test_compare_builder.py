@@ -31,7 +31,14 @@ def write_job(
 ):
     """Write one job and return its directory. `settings` are dotted config keys that the sweep typed."""
     settings = settings or {}
-    chosen = {"norm": norm, "model": "cnn", "data": "digits", "optimizer": "sgd", "weight": "none", "sync": "none"}
+    chosen = {
+        "norm": norm,
+        "model": "cnn",
+        "data": "digits",
+        "optimizer": "sgd",
+        "weight": "none",
+        "sync": "none",
+    }
     chosen |= choices or {}
     config = {
         "seed": seed,
@@ -60,7 +67,9 @@ def write_job(
     status = {"state": state, "pid": 1, "host": "elsewhere", "attempt": 1, "traceback": traceback}
     write_json(job / "status.json", status | {"heartbeat": time.time(), "wandb_id": None})
     (job / "job.log").write_text("epoch 0\n")
-    rows = training(random.Random(f"{chosen}{settings}{seed}"), quality or QUALITY.get(norm, 0.9), epochs, steps_per_epoch)
+    rows = training(
+        random.Random(f"{chosen}{settings}{seed}"), quality or QUALITY.get(norm, 0.9), epochs, steps_per_epoch
+    )
     write_metrics(job, rows)
     if state == "done":
         best = max(row["val/accuracy"] for row in rows if "val/accuracy" in row)
@@ -78,7 +87,13 @@ def training(rng, quality, epochs, steps_per_epoch):
     for epoch in range(epochs):
         for half in (1, 2):
             step = epoch * steps_per_epoch + half * steps_per_epoch // 2 - 1
-            rows.append({"step": step, "epoch": epoch, "train/loss": 2.3 * math.exp(-rate * (epoch + half / 2)) + 0.02})
+            rows.append(
+                {
+                    "step": step,
+                    "epoch": epoch,
+                    "train/loss": 2.3 * math.exp(-rate * (epoch + half / 2)) + 0.02,
+                }
+            )
         seconds = 0.012 + rng.uniform(0, 0.002) + (0.5 if epoch == 0 else 0)
         rows[-1] |= {"train/seconds_per_step": seconds, "optimizer/lr": 0.1}
         accuracy = final * (1 - 0.9 * math.exp(-rate * (epoch + 1))) + rng.gauss(0, 0.002)
@@ -98,7 +113,8 @@ def write_metrics(job, rows):
 
 def write_result(job, metrics, **fields):
     write_json(job / "result.json", {
-        "metrics": metrics, "world_size": 1, "git": "2e95c7c", "versions": {"torch": "2.9.0", "bnlight": "0.1.0"},
+        "metrics": metrics, "world_size": 1, "git": "2e95c7c",
+        "versions": {"torch": "2.9.0", "bnlight": "0.1.0"},
         "hardware": {"cpu": "AMD EPYC", "gpu": None}, "seconds": 12.3, "steps": 400, "epochs": 10, **fields,
     })  # fmt: skip
 

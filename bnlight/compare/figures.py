@@ -76,6 +76,7 @@ def look_of(cells: Sequence[Cell]) -> Look:
 
 def curves(comparison: Comparison, cells: Sequence[Cell], metric: str, look: Look) -> Figure | None:
     """`metric` against the optimizer step: the mean over seeds, and a band from the lowest to the highest."""
+    alpha = 0.14 if len(cells) <= 6 else 0.07
     bands: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     for cell in cells:
@@ -86,7 +87,7 @@ def curves(comparison: Comparison, cells: Sequence[Cell], metric: str, look: Loo
         common = {"meta": look.index(cell.contender), "name": name, "type": "scatter", "showlegend": False}
         if cell.metric.n > 1:
             y = [*_values(curve["high"]), *_values(curve["low"])[::-1]]
-            fill = {"fill": "toself", "fillcolor": look.colour(cell.contender, 0.14), "hoverinfo": "skip"}
+            fill = {"fill": "toself", "fillcolor": look.colour(cell.contender, alpha), "hoverinfo": "skip"}
             bands.append(common | fill | {"x": [*x, *x[::-1]], "y": y, "mode": "lines", "line": {"width": 0}})
         line = {"color": look.colour(cell.contender), "width": 2, "dash": look.dash(cell.contender)}
         mode = "lines" if len(x) > 1 else "markers"
@@ -172,6 +173,8 @@ def trend(comparison: Comparison, look: Look) -> Figure | None:
     data = []
     for name in look.names:
         points = sorted((where[c.condition][1], c.metric) for c in chosen if c.contender == name)
+        if not points:
+            continue
         colour = look.colour(name)
         data.append({
             "type": "scatter", "mode": "lines+markers", "name": _safe(name), "showlegend": False,

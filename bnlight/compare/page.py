@@ -96,7 +96,7 @@ def _trend(comparison: Comparison, drawn: dict[str, Any]) -> str:
     if figure is None:
         return ""
     note = "Means over seeds with their 95 % intervals. Click a name to hide or show it."
-    legend, chart = _legend(comparison, look), _block("", [figure], drawn)
+    legend, chart = _legend(comparison, look), _block("", [figure], drawn, captions=False)
     return f'<h2>{_text(figure.title)}</h2>\n<p class="soft">{note}</p>\n{legend}\n{chart}'
 
 
@@ -140,15 +140,20 @@ def _conditions(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
     return [(name, [cell for cell in chosen if cell.condition == name]) for name in names]
 
 
-def _block(condition: str, drawings: Sequence[figures.Figure | None], drawn: dict[str, Any]) -> str:
+def _block(
+    condition: str,
+    drawings: Sequence[figures.Figure | None],
+    drawn: dict[str, Any],
+    captions: bool = True,
+) -> str:
     parts = []
     for figure in filter(None, drawings):
         name = f"figure-{len(drawn)}"
         drawn[name] = figure.spec
         label = _text(f"{figure.title}{f', {condition}' if condition else ''}")
+        caption = f"<figcaption>{_text(figure.title)}</figcaption>" if captions else ""
         parts.append(
-            f"<figure><figcaption>{_text(figure.title)}</figcaption>"
-            f'<div class="chart" id="{name}" role="img" aria-label="{label}"></div></figure>'
+            f'<figure>{caption}<div class="chart" id="{name}" role="img" aria-label="{label}"></div></figure>'
         )
     head = f"<h3>{_text(condition[:1].upper() + condition[1:])}</h3>\n" if condition else ""
     return f'{head}<div class="figures">{"".join(parts)}</div>\n' if parts else ""
@@ -272,7 +277,8 @@ def _list(items: Iterable[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    return html.escape(str(value))
+    """Escaped text, in which a line never breaks around `±`."""
+    return html.escape(str(value)).replace(" ± ", "\u00a0±\u00a0")
 
 
 def _href(path: str) -> str:

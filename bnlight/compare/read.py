@@ -127,7 +127,11 @@ def _config(folder: Path, notes: list[str]) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         notes.append(f"{folder.name}: config.yaml cannot be read ({_first_line(error)})")
         return None
-    return config if isinstance(config, dict) and isinstance(config.get("job"), dict) else None
+    if isinstance(config, dict) and isinstance(config.get("job"), dict):
+        return config
+    if (folder / "status.json").exists():
+        notes.append(f"{folder.name}: config.yaml has no job block, so it is in no group")
+    return None
 
 
 def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:

@@ -118,7 +118,7 @@ def make_cells(runs: pd.DataFrame, axes: Axes, metric: str) -> list[Cell]:
     """One cell per combination of settings, in the order of the table.
 
     Conditions come in their natural order, and within one the best mean of `metric` first. Of a contender's
-    tuned settings, the one with the best mean validation result is marked as chosen.
+    tuned settings, the one with the fewest diverged runs and then the best mean validation result is chosen.
     """
     validation = validation_metric(metric, runs)
     known = runs[runs.index.isin(axes.values.index)]
@@ -177,9 +177,10 @@ def _contests(cells: list[Cell]) -> list[list[tuple[int, Cell]]]:
 
 
 def _best(group: list[tuple[int, Cell]], metric: str, validation: str | None) -> int:
-    def rank(item: tuple[int, Cell]) -> float:
+    def rank(item: tuple[int, Cell]) -> tuple[int, float]:
         cell = item[1]
-        return _signed(cell.validation, validation) if validation else _signed(cell.metric, metric)
+        value = _signed(cell.validation, validation) if validation else _signed(cell.metric, metric)
+        return cell.states.get("diverged", 0), value
 
     return min(group, key=rank)[0]
 

@@ -48,15 +48,13 @@ def columns(comparison: Comparison) -> list[Column]:
         result.append(Column("not done", lost, numeric=False))
     starred = is_tuned(cells)
     values = [f"{cell.metric}{(' *' if cell.chosen else '  ') if starred else ''}" for cell in cells]
-    result.append(Column(f"{metric_words(comparison.metric)} ± 95 %", values))
+    result.append(Column(f"{metric_words(comparison.metric)}\n± 95 %", values))
     if any(cell.best_loss.n for cell in cells) and comparison.metric != "best_val/loss":
-        result.append(Column("best val. loss", [number(cell.best_loss.mean) for cell in cells]))
+        result.append(Column("best val.\nloss", [number(cell.best_loss.mean) for cell in cells]))
     if "val/accuracy" in comparison.history:
-        result.append(
-            Column(f"steps to {comparison.target:.0%}".replace("%", " %"), [_steps(c) for c in cells])
-        )
+        result.append(Column(f"steps to\n{comparison.target * 100:g} %", [_steps(c) for c in cells]))
     if any(cell.seconds.n for cell in cells):
-        result.append(Column("time per step", [milliseconds(cell.seconds.mean) for cell in cells]))
+        result.append(Column("time per\nstep", [milliseconds(cell.seconds.mean) for cell in cells]))
     return result
 
 
@@ -121,10 +119,12 @@ def render(comparison: Comparison, console: Console) -> None:
     """Print everything to `console`."""
     grid = _grid(comparison)
     # A file has no width of its own: there the text wraps at the table's width, at least at 80.
-    width = None if console.is_terminal else max(80, console.measure(grid).maximum)
+    # In a terminal too narrow for the numbers, the terminal's own wrapping loses less than cutting would.
+    size = console.measure(grid)
+    width = max(console.width, size.minimum) if console.is_terminal else max(80, size.maximum)
 
     def say(text: str, style: str = "", first: str = "", then: str = "") -> None:
-        lines = textwrap.wrap(text, width or console.width, initial_indent=first, subsequent_indent=then,
+        lines = textwrap.wrap(text, width, initial_indent=first, subsequent_indent=then,
                               break_long_words=False, break_on_hyphens=False)  # fmt: skip
         _line(console, Text("\n".join(lines), style=style))
 
@@ -142,21 +142,28 @@ def render(comparison: Comparison, console: Console) -> None:
 
 
 def _grid(comparison: Comparison) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     described = columns(comparison)
     for column in described:
+        longest = max(len(word) for value in column.values for word in value.split(", "))
         grid.add_column(
             Text(column.head),
             justify="right" if column.numeric else "left",
             overflow="fold",
             vertical="bottom",
+            no_wrap=column.numeric,
+            min_width=min(24, longest),
         )
     cells = comparison.cells
     for index, row in enumerate(zip(*(column.values for column in described), strict=True)):
         last = index + 1 < len(cells) and cells[index + 1].condition != cells[index].condition
         style = "bold" if leads(comparison, cells[index]) else None
-        grid.add_row(*(Text(value) for value in row), style=style, end_section=last)
+        grid.add_row(*(_entry(value) for value in row), style=style, end_section=last)
     return grid
+
+
+def _entry(value: str) -> Text:
+    return Text(value.replace(", ", "\n"))
 
 
 def leads(comparison: Comparison, cell: Cell) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from bnlight.compare.axes import Axes, shown
+from bnlight.compare.axes import Axes, shown, sortable
 from bnlight.compare.derive import lower_is_better
 from bnlight.compare.stats import Cell, validation_metric
 
@@ -61,11 +61,10 @@ def headline(found: Sequence[Finding], axes: Axes, metric: str) -> str:
         others = ", ".join(f"{name} {_places(wins[name])}" for name in rest)
         text = f"No single winner over {named}: {first} has {has} {_places(wins[first])}, {others}"
     clear = sum(finding.clear for finding in decided)
-    lead = "its lead" if len(wins) == 1 else "the lead"
-    if clear == len(decided):
-        return f"{text}; {lead} exceeds the 95 % intervals everywhere."
-    where = f"at {clear} of the {len(decided)} settings" if clear else "nowhere"
-    return f"{text}; {lead} exceeds the 95 % intervals {where}."
+    where = f"at {clear} of the {len(decided)} settings" if clear < len(decided) else "everywhere"
+    if clear == 0:
+        return f"{text}; nowhere do the 95 % intervals separate the best from the rest."
+    return f"{text}; the 95 % intervals separate the best from the rest {where}."
 
 
 def caveats(
@@ -85,6 +84,7 @@ def caveats(
         names = ", ".join(axes.label(key) for key in axes.tuned)
         how = metric_words(by) if by else f"{metric_words(metric)} itself, which is optimistic"
         notes.append(f"Each contender is judged at its own best {names} (marked *), chosen by {how}.")
+        notes.extend(_edges(cells, axes))
     if "norm" in axes.contenders and "optimizer.lr" in configs and configs["optimizer.lr"].nunique() == 1:
         rate = shown(configs["optimizer.lr"].dropna().iloc[0])
         notes.append(
@@ -97,6 +97,28 @@ def caveats(
 def is_tuned(cells: Sequence[Cell]) -> bool:
     """Whether some contender had several settings to choose from."""
     return any(not cell.chosen for cell in cells)
+
+
+def _edges(cells: Sequence[Cell], axes: Axes) -> list[str]:
+    """A best value at the edge of what was tried may lie beyond it."""
+    notes = []
+    for key in axes.tuned:
+        at_edge: list[str] = []
+        for cell in cells:
+            tried = (
+                {sortable(x.settings[key]) for x in cells if x.contender == cell.contender}
+                if cell.chosen
+                else ()
+            )
+            numeric = sorted(value for value in tried if value[0] == 0)
+            if len(numeric) > 1 and sortable(cell.settings[key]) in (numeric[0], numeric[-1]):
+                at_edge.append(cell.contender)
+        if at_edge:
+            names = ", ".join(dict.fromkeys(at_edge))
+            notes.append(
+                f"The best {axes.label(key)} lies at the edge of those tried for {names}: try beyond it."
+            )
+    return notes
 
 
 def _unequal(runs: pd.DataFrame, cells: Sequence[Cell]) -> list[str]:

@@ -1,0 +1,306 @@
+"""The statistics: recomputed by hand, from the raw files."""
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+from test_compare_builder import write_job, write_json, write_metrics, write_result, write_sweep
+
+from bnlight.compare import compare, estimate
+
+T_975 = {
+    1: 12.7062047364,
+    2: 4.3026527297,
+    3: 3.1824463053,
+    9: 2.2621571628,
+}  # a printed table of Student's t
+
+
+def scored(root, norm, accuracies, settings=None, validation=None, **options):
+    """Jobs of one norm whose results are exactly `accuracies`, one seed each."""
+    for seed, accuracy in enumerate(accuracies):
+        result = {"test/accuracy": accuracy, "test/loss": 1 - accuracy}
+        job = write_job(root, norm=norm, seed=seed, settings=settings, result=result, **options)
+        value = accuracy if validation is None else validation
+        write_metrics(job, [{"attempt": 1, "step": 9, "epoch": 0, "time": 0, "val/accuracy": value}])
+
+
+def by_contender(comparison):
+    return {cell.contender: cell for cell in comparison.cells}
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.75], [0.9, 0.92, 0.97], [1.0, 2.0, 4.0, 8.0], list(range(10))])
+def test_an_interval_is_t_times_s_over_the_root_of_n(values):
+    n, got = len(values), estimate(values)
+    assert got.n == n
+    assert got.mean == pytest.approx(statistics.fmean(values), rel=1e-12)
+    assert got.std == pytest.approx(statistics.stdev(values), rel=1e-12)
+    assert got.half_width == pytest.approx(T_975[n - 1] * statistics.stdev(values) / math.sqrt(n), rel=1e-9)
+
+
+def test_one_value_has_no_interval_and_none_has_nothing():
+    one, none = estimate([0.5]), estimate([math.nan, math.inf])
+    assert (one.n, one.mean, one.half_width, str(one)) == (1, 0.5, None, "0.5000")
+    assert (none.n, none.half_width, str(none)) == (0, None, "-")
+    assert math.isnan(one.std)
+
+
+def test_missing_values_are_left_out_of_the_mean_and_of_n():
+    assert estimate([0.5, math.nan, 0.7]) == estimate([0.5, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([0.9712, 0.9712], "0.9712 ± 0.0000"),
+        ([12.5, 12.5], "12.50 ± 0.00"),
+        ([123456.0], "123456"),
+        ([0.0000123], "0.0000123"),
+    ],
+)
+def test_numbers_are_shown_with_four_digits(values, text):
+    assert str(estimate(values)) == text
+
+
+def test_the_table_agrees_with_the_raw_files(tmp_path):
+    write_sweep(tmp_path / "norms", seeds=(0, 1, 2))
+    comparison = compare(tmp_path / "norms", target=0.93)
+    raw = {}
+    for config in (tmp_path / "norms").glob("*/config.yaml"):
+        with (config.parent / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        seconds = [float(r["train/seconds_per_step"]) for r in rows if r["train/seconds_per_step"]]
+        raw.setdefault(yaml.safe_load(config.read_text())["job"]["choices"]["norm"], []).append({
+            "test": json.loads((config.parent / "result.json").read_text())["metrics"]["test/accuracy"],
+            "loss": min(float(r["val/loss"]) for r in rows if r["val/loss"]),
+            "steps": [int(r["step"]) for r in rows if float(r["val/accuracy"] or 0) >= 0.93][:1],
+            "seconds": statistics.median(seconds[1:]),
+        })  # fmt: skip
+    assert len(comparison.cells) == len(raw) == 6
+    for cell in comparison.cells:
+        runs = raw[cell.contender]
+        tests = [run["test"] for run in runs]
+        half = T_975[2] * statistics.stdev(tests) / math.sqrt(3)
+        assert cell.metric.mean == pytest.approx(statistics.fmean(tests), rel=1e-12)
+        assert cell.metric.half_width == pytest.approx(half, rel=1e-9)
+        assert cell.best_loss.mean == pytest.approx(statistics.fmean(r["loss"] for r in runs), rel=1e-12)
+        assert cell.seconds.mean == pytest.approx(statistics.fmean(r["seconds"] for r in runs), rel=1e-12)
+        reached = [r["steps"][0] for r in runs if r["steps"]]
+        assert cell.reached == len(reached)
+        median = statistics.median([*reached, *[math.inf] * (3 - len(reached))])
+        assert cell.steps == (median if math.isfinite(median) else None)
+    means = [cell.metric.mean for cell in comparison.cells]
+    assert means == sorted(means, reverse=True)
+    table = comparison.table.set_index("norm")
+    assert table["test/accuracy mean"].to_dict() == {c.contender: c.metric.mean for c in comparison.cells}
+
+
+def test_runs_that_are_not_done_are_counted_but_in_no_mean(tmp_path):
+    scored(tmp_path, "batch", [0.9, 0.92])
+    scored(tmp_path, "renorm", [0.95, 0.95])
+    for seed, state in enumerate(("diverged", "failed", "failed", "interrupted", "preempted"), start=2):
+        job = write_job(tmp_path, norm="batch", seed=seed, state=state)
+        write_result(job, {"test/accuracy": 0.1})
+    batch = by_contender(compare(tmp_path))["batch"]
+    assert (batch.metric.n, batch.metric.mean) == (2, pytest.approx(0.91))
+    assert batch.states == {"diverged": 1, "failed": 2, "interrupted": 1, "preempted": 1}
+
+
+def test_a_norm_without_any_finished_run_still_has_its_row(tmp_path):
+    scored(tmp_path, "batch", [0.9, 0.92])
+    write_job(tmp_path, norm="tanh", state="failed", traceback="boom")
+    cells = compare(tmp_path).cells
+    assert [cell.contender for cell in cells] == ["batch", "tanh"]
+    assert (cells[1].metric.n, cells[1].states) == (0, {"failed": 1})
+
+
+def test_steps_to_the_target_is_a_median_in_which_never_is_later_than_all(tmp_path):
+    for seed, step in enumerate((10, 30, None)):
+        rows = [
+            {"attempt": 1, "step": step or 5, "epoch": 0, "time": 0, "val/accuracy": 0.95 if step else 0.5}
+        ]
+        write_metrics(write_job(tmp_path, norm="batch", seed=seed), rows)
+        write_metrics(
+            write_job(tmp_path, norm="none", seed=seed),
+            rows if seed != 1 else [rows[0] | {"val/accuracy": 0}],
+        )
+    cells = by_contender(compare(tmp_path))
+    assert (cells["batch"].steps, cells["batch"].reached) == (30, 2)
+    assert (cells["none"].steps, cells["none"].reached) == (None, 1)
+
+
+def test_every_varying_key_but_the_seed_makes_its_own_row(tmp_path):
+    for batch_size in (4, 32):
+        write_sweep(tmp_path, ("batch", "group"), (0, 1), settings={"data.batch_size": batch_size})
+    comparison = compare(tmp_path)
+    assert comparison.axes.keys == ["data.batch_size", "norm"]
+    assert [(c.settings["data.batch_size"], len(c.runs)) for c in comparison.cells] == [(4, 2)] * 2 + [
+        (32, 2)
+    ] * 2
+    assert [finding.condition for finding in comparison.findings] == ["batch size = 4", "batch size = 32"]
+
+
+def test_what_follows_from_the_norm_or_from_the_seed_is_no_key(tmp_path):
+    for seed in (0, 1):
+        for norm, options in (("group", {"num_groups": 8}), ("renorm", {"r_max": 3.0})):
+            job = write_job(tmp_path, norm=norm, seed=seed, norm_options=options)
+            config = yaml.safe_load((job / "config.yaml").read_text())
+            config |= {"callbacks": {"schedule": options}, "title": f"run {seed}", "folder": job.name}
+            config["data"]["split_seed"] = seed
+            (job / "config.yaml").write_text(yaml.safe_dump(config))
+    comparison = compare(tmp_path)
+    assert comparison.axes.keys == ["norm"]
+    assert [len(cell.runs) for cell in comparison.cells] == [2, 2]
+
+
+def test_an_option_of_the_norm_that_varies_within_a_norm_is_a_key(tmp_path):
+    scored(tmp_path, "batch", [0.9, 0.9])
+    for groups in (1, 4):
+        scored(tmp_path, "group", [0.8, 0.8], settings={"norm.num_groups": groups})
+    assert compare(tmp_path).axes.keys == ["norm", "norm.num_groups"]
+
+
+def test_a_key_that_another_key_determines_is_shown_once(tmp_path):
+    for rate in (0.1, 0.2):
+        for job in write_sweep(tmp_path, ("batch",), (0, 1), settings={"optimizer.lr": rate}):
+            config = yaml.safe_load((job / "config.yaml").read_text())
+            config["scheduler"] = {"max_lr": rate}
+            (job / "config.yaml").write_text(yaml.safe_dump(config))
+    assert compare(tmp_path).axes.keys == ["optimizer.lr"]
+
+
+def test_sync_and_weight_are_contenders_beside_the_norm(tmp_path):
+    scored(tmp_path, "batch", [0.9, 0.9], choices={"sync": "none"})
+    scored(tmp_path, "batch", [0.9, 0.9], choices={"sync": "world"})
+    scored(tmp_path, "group", [0.9, 0.9], choices={"weight": "weight_standardization"})
+    names = {cell.contender for cell in compare(tmp_path).cells}
+    assert names == {"batch", "batch + sync=world", "group + weight=weight_standardization"}
+
+
+def test_a_custom_norm_is_called_after_its_class(tmp_path):
+    for name in ("mine.Cosine", "mine.Sine"):
+        options = {"_target_": name}
+        write_job(tmp_path, norm="custom", norm_options=options, settings={"norm._target_": name})
+    assert {cell.contender for cell in compare(tmp_path).cells} == {"Cosine", "Sine"}
+
+
+def test_each_norm_is_judged_at_the_learning_rate_its_validation_prefers_never_the_test(tmp_path):
+    scored(tmp_path, "batch", [0.80, 0.82], {"optimizer.lr": 0.1}, validation=0.95)
+    scored(tmp_path, "batch", [0.99, 0.99], {"optimizer.lr": 1.0}, validation=0.90)
+    scored(tmp_path, "layer", [0.70, 0.72], {"optimizer.lr": 0.1}, validation=0.50)
+    scored(tmp_path, "layer", [0.90, 0.92], {"optimizer.lr": 0.01}, validation=0.93)
+    comparison = compare(tmp_path)
+    chosen = {cell.contender: cell.settings["optimizer.lr"] for cell in comparison.cells if cell.chosen}
+    assert chosen == {"batch": 0.1, "layer": 0.01}
+    assert comparison.verdict.startswith("layer has the highest mean test accuracy, 0.9100")
+    assert any(
+        "its own best lr (marked *), chosen by best validation accuracy" in c for c in comparison.caveats
+    )
+    assert any("edge of those tried" in c for c in comparison.caveats)
+    assert "*" in str(comparison)
+
+
+def test_a_setting_that_diverged_is_not_the_one_a_norm_is_judged_by(tmp_path):
+    scored(tmp_path, "batch", [0.9, 0.9], {"optimizer.lr": 0.1}, validation=0.9)
+    scored(tmp_path, "batch", [0.99], {"optimizer.lr": 1.0}, validation=0.99)
+    write_job(tmp_path, norm="batch", seed=1, state="diverged", settings={"optimizer.lr": 1.0})
+    scored(tmp_path, "group", [0.8, 0.8])
+    chosen = {c.contender: c.settings["optimizer.lr"] for c in compare(tmp_path).cells if c.chosen}
+    assert chosen["batch"] == 0.1
+
+
+def test_one_learning_rate_for_all_norms_is_pointed_out(tmp_path):
+    write_sweep(tmp_path, ("batch", "layer"), (0, 1))
+    assert any("share one learning rate (0.1)" in c for c in compare(tmp_path).caveats)
+
+
+def test_overlapping_intervals_are_not_a_win(tmp_path):
+    scored(tmp_path, "batch", [0.90, 0.94, 0.92])
+    scored(tmp_path, "renorm", [0.91, 0.95, 0.93])
+    scored(tmp_path, "none", [0.50, 0.50, 0.51])
+    comparison = compare(tmp_path)
+    assert comparison.verdict == (
+        "renorm has the highest mean test accuracy, 0.9300 ± 0.0497 (n = 3 seeds), but these seeds cannot "
+        "tell it apart from batch (0.9200 ± 0.0497): the 95 % intervals overlap. The other one lies clearly lower."
+    )
+    assert not comparison.findings[0].clear
+
+
+def test_separate_intervals_are_a_clear_lead(tmp_path):
+    scored(tmp_path, "batch", [0.900, 0.901, 0.902])
+    scored(tmp_path, "renorm", [0.950, 0.951, 0.952])
+    comparison = compare(tmp_path)
+    assert comparison.findings[0].clear
+    assert "overlaps with no other, the nearest being batch (0.9010 ± 0.0025)" in comparison.verdict
+
+
+def test_one_seed_is_said_to_prove_nothing(tmp_path):
+    scored(tmp_path, "batch", [0.9])
+    scored(tmp_path, "renorm", [0.99])
+    comparison = compare(tmp_path)
+    assert "0.9900 (n = 1 seed), but one seed gives no interval" in comparison.verdict
+    assert not comparison.findings[0].clear
+    assert not any("Student" in c for c in comparison.caveats)
+
+
+def test_a_rival_with_one_seed_cannot_be_beaten_clearly(tmp_path):
+    scored(tmp_path, "renorm", [0.950, 0.951, 0.952])
+    scored(tmp_path, "batch", [0.5])
+    assert "with one seed, are missing" in compare(tmp_path).verdict
+
+
+def test_lower_is_better_for_a_loss(tmp_path):
+    scored(tmp_path, "batch", [0.900, 0.901, 0.902])
+    scored(tmp_path, "renorm", [0.950, 0.951, 0.952])
+    comparison = compare(tmp_path, metric="test/loss")
+    assert comparison.verdict.startswith("renorm has the lowest mean test loss, 0.0490")
+
+
+def test_the_verdict_over_batch_sizes_names_the_winner_of_each(tmp_path):
+    for batch_size, batch, group in ((2, 0.5, 0.9), (8, 0.7, 0.9), (32, 0.95, 0.9)):
+        for norm, mean in (("batch", batch), ("group", group)):
+            values = [mean, mean + 0.001, mean + 0.002]
+            scored(tmp_path, norm, values, settings={"data.batch_size": batch_size})
+    comparison = compare(tmp_path)
+    assert comparison.verdict == (
+        "No single winner over batch size: group has the highest mean test accuracy at 2 and 8, batch at 32; "
+        "the 95 % intervals separate the best from the rest everywhere."
+    )
+
+
+def test_what_never_finished_anywhere_is_said_plainly(tmp_path):
+    write_job(tmp_path, norm="batch", state="failed", traceback="boom")
+    write_job(tmp_path, norm="renorm", state="running")
+    assert compare(tmp_path).verdict == "No run has finished with a test accuracy yet."
+
+
+def test_without_a_test_accuracy_the_runs_are_ranked_by_what_they_have(tmp_path):
+    for norm, value in (("batch", 3.0), ("renorm", 2.0)):
+        job = write_job(tmp_path, norm=norm, result={"test/mse": value})
+        (job / "metrics.csv").unlink()
+    comparison = compare(tmp_path)
+    assert comparison.metric == "test/mse"
+    assert [cell.contender for cell in comparison.cells] == ["renorm", "batch"]
+
+
+def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(tmp_path):
+    write_job(tmp_path)
+    with pytest.raises(ValueError, match=r"test/f1.*there are: .*test/accuracy"):
+        compare(tmp_path, metric="test/f1")
+
+
+def test_different_seeds_hardware_and_versions_are_pointed_out(tmp_path):
+    scored(tmp_path, "batch", [0.9, 0.9])
+    scored(tmp_path, "renorm", [0.9, 0.9, 0.9])
+    assert not any("hardware" in c for c in compare(tmp_path).caveats)
+    first = sorted(Path(tmp_path).glob("batch*"))[0]
+    result = json.loads((first / "result.json").read_text())
+    write_json(first / "result.json", result | {"hardware": {"gpu": "H200"}, "versions": {"torch": "2.6"}})
+    text = " ".join(compare(tmp_path).caveats)
+    assert "same seeds" in text
+    assert "2 kinds of hardware" in text
+    assert "2 sets of software versions" in text
