@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def stratified_order(y: Tensor, generator: torch.Generator) -> Tensor:
-    """A random order of which any first k samples hold the classes in proportion, each to within one sample.
+    """A random order of which any first k samples hold the classes in proportion, up to rounding.
 
     The j-th (from 0, in random order) of the c samples of a class gets the place (j + 1/2) / c; sorted by
     place, the classes mix evenly.

@@ -96,7 +96,7 @@ class Blocks:
 
 
 def gain(activation: nn.Module) -> float:
-    """``E[f(z)**2] ** -0.5`` for standard normal z: the factor that keeps a deep network's signal in scale.
+    """``E[f(z)**2] ** -0.5`` for standard normal z: the factor by which a layer keeps a signal in scale.
 
     sqrt(2) for ReLU and 1 for the identity, as in He et al. 2015, equations 7 to 10; the same for the rest.
     """
