@@ -183,9 +183,9 @@ def test_failed_runs_are_marked_and_their_error_can_be_read(sweep):
 
 def test_the_curve_is_the_mean_over_seeds_and_the_band_their_range(tmp_path):
     for seed, values in enumerate(([0.1, 0.5, 0.9], [0.3, 0.7, 0.8])):
-        write_metrics(write_job(tmp_path, seed=seed), [
-            {"attempt": 1, "step": 10 * i, "epoch": i, "time": 0, "val/accuracy": v} for i, v in enumerate(values)
-        ])  # fmt: skip
+        steps = zip((0, 10, 20), values, strict=True)
+        rows = [{"attempt": 1, "step": s, "epoch": 0, "time": 0, "val/accuracy": v} for s, v in steps]
+        write_metrics(write_job(tmp_path, seed=seed), rows)
     comparison = compare(tmp_path)
     curve = figures.mean_curve(comparison.history, list(comparison.runs.index), "val/accuracy")
     assert curve["mean"].tolist() == pytest.approx([0.2, 0.6, 0.85])

@@ -1,6 +1,6 @@
 """Reading a sweep's directory: every job is told, whatever became of it."""
 
-import json
+import math
 import os
 import shutil
 import subprocess
@@ -123,11 +123,10 @@ def test_empty_files_everywhere_are_no_error(tmp_path):
 
 def test_null_and_not_a_number_metrics_are_missing_values(tmp_path):
     job = write_job(tmp_path)
-    (job / "result.json").write_text(json.dumps(
-        {"metrics": {"test/accuracy": None, "test/loss": float("nan"), "a/b": "text", "c/d": True, "e/f": 1}}
-    ))  # fmt: skip
+    missing = {"test/accuracy": None, "test/loss": math.nan, "a/b": "text", "c/d": True, "g/h": math.inf}
+    write_json(job / "result.json", {"metrics": missing | {"e/f": 1}})
     row = read_runs(tmp_path).runs.iloc[0]
-    assert row[["test/accuracy", "test/loss", "a/b", "c/d"]].isna().all()
+    assert row[list(missing)].isna().all()
     assert row["e/f"] == 1.0
     compare(tmp_path)
 

@@ -225,7 +225,8 @@ def test_overlapping_intervals_are_not_a_win(tmp_path):
     comparison = compare(tmp_path)
     assert comparison.verdict == (
         "renorm has the highest mean test accuracy, 0.9300 ± 0.0497 (n = 3 seeds), but these seeds cannot "
-        "tell it apart from batch (0.9200 ± 0.0497): the 95 % intervals overlap. The other one lies clearly lower."
+        "tell it apart from batch (0.9200 ± 0.0497): the 95 % intervals overlap. The "
+        "other one lies clearly lower."
     )
     assert not comparison.findings[0].clear
 
