@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -30,7 +30,10 @@ LAYOUTS = {
 
 
 def pair(shape: tuple[int, ...], dtype: torch.dtype, **options) -> tuple[BatchNorm, nn.Module]:
-    mine, torchs = BatchNorm(shape[1], dtype=dtype, **options), TORCH[len(shape)](shape[1], dtype=dtype, **options)
+    mine, torchs = (
+        BatchNorm(shape[1], dtype=dtype, **options),
+        TORCH[len(shape)](shape[1], dtype=dtype, **options),
+    )
     for parameter, other in zip(mine.parameters(), torchs.parameters(), strict=True):
         nn.init.normal_(parameter)
         other.data.copy_(parameter.data)
@@ -73,7 +76,13 @@ def test_an_empty_batch_is_torchs_bit_for_bit():
         assert_same(step(mine, torch.randn(shape)), step(torchs, torch.randn(shape)))
 
 
-@given(n=st.integers(2, 7), c=st.integers(1, 5), space=st.lists(st.integers(1, 4), max_size=3), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(2, 7),
+    c=st.integers(1, 5),
+    space=st.lists(st.integers(1, 4), max_size=3),
+    seed=st.integers(0, 99),
+)
 def test_any_shape_is_torchs_bit_for_bit(n, c, space, seed):
     torch.manual_seed(seed)
     shape = (n, c, *space)
@@ -95,7 +104,9 @@ def test_channels_on_the_last_axis_give_the_same_numbers(shape, options):
     assert y.is_contiguous()
     torch.testing.assert_close(y.movedim(-1, 1), expected[0])
     torch.testing.assert_close(z.grad.movedim(-1, 1), expected[1])
-    for mine, theirs in zip([*(p.grad for p in last.parameters()), *last.buffers()], expected[2:], strict=True):
+    for mine, theirs in zip(
+        [*(p.grad for p in last.parameters()), *last.buffers()], expected[2:], strict=True
+    ):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -80,7 +80,8 @@ class Norm(nn.Module):
             y = self.normalize(x, None)
         else:
             valid = mask.reshape(x.size(0), 1, *x.shape[2:])
-            y = self.normalize(x.masked_fill(~valid, 0), valid).masked_fill(~valid, 0)
+            # torch.where, unlike masked_fill, keeps the memory layout.
+            y = torch.where(valid, self.normalize(torch.where(valid, x, 0), valid), 0)
         return y.permute(0, 2, 3, 1).reshape(shape) if last else y
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnlight.norm.base import Device, Norm
-from bnlight.norm.core import Moments, statistics_dtype
+from bnlight.norm.core import Moments, snapshot, statistics_dtype
 from bnlight.norm.virtual import VirtualBatches
 
 SmallBatch = Literal["error", "running"]
@@ -134,13 +134,13 @@ class BatchStatistics(Norm):
         if self.running_mean is None or self.running_var is None:
             mean = torch.zeros(self.num_features, device=x.device, dtype=dtype)
             return mean, torch.ones_like(mean)
-        return self.running_mean.to(dtype), self.running_var.to(dtype)
+        mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        # In training the averages move before the backward has read them.
+        return (snapshot(mean), snapshot(var)) if self.training else (mean, var)
 
     def _by_running_statistics(self, x: Tensor) -> Tensor:
         weight, bias = self.full_affine(x)
         mean, var = self.running_statistics(x)
-        if self.training:  # The next forward may move the averages before this one's backward has read them.
-            mean, var = mean.clone(), var.clone()
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
 
     def _by_batch_statistics(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:

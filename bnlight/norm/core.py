@@ -47,6 +47,24 @@ def per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 2))
 
 
+@torch.library.custom_op("bnlight::snapshot", mutates_args=())
+def _snapshot(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+_snapshot.register_fake(torch.empty_like)
+
+
+def snapshot(x: Tensor) -> Tensor:
+    """A copy of `x` that a later update in place does not reach, also in a compiled graph.
+
+    There a clone is not enough: the compiler may repeat it in the backward, after the update, and the gradients
+    are silently wrong. It never repeats an operation that it does not know.
+    """
+    copy: Tensor = _snapshot(x) if torch.compiler.is_compiling() else x.clone()
+    return copy
+
+
 def moments(x: Tensor, valid: Tensor | None = None) -> Moments:
     """Moments of each channel over the values where `valid`, of x's shape, is True; not differentiable.
 
