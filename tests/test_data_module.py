@@ -238,8 +238,28 @@ def test_augmentation_depends_on_the_epoch_and_the_sample_but_not_on_the_batch_s
     plain.setup()
     x, _ = next(iter(plain.train_dataloader()))
     assert not images[0][0][:6].equal(x)
-    lowest = plain.train_dataloader().x.amin(dim=(0, 2, 3))  # black is the lowest value there is
-    torch.testing.assert_close(torch.cat(images[0]).amin(dim=(0, 2, 3)), lowest)
+
+
+def test_the_border_of_a_crop_is_as_black_as_the_images() -> None:
+    data = Pixels(batch_size=6, augment=True)
+    data.setup()
+    loader = data.train_dataloader()
+    assert isinstance(loader, ShuffledBatches)
+    assert loader.augment is not None
+    torch.testing.assert_close(loader.augment.fill, loader.x.amin(dim=(0, 2, 3)))
+
+
+def test_scaling_leaves_the_loaded_arrays_alone() -> None:
+    class Kept(Numbers):
+        arrays = Numbers().load()
+
+        def load(self) -> Arrays:
+            return self.arrays
+
+    data = Kept(scale="unit")
+    data.setup()
+    for array, original in zip(Kept.arrays, Numbers().load(), strict=True):
+        np.testing.assert_array_equal(array, original)
 
 
 @pytest.mark.parametrize("source", [Digits, MNIST])

@@ -202,6 +202,12 @@ def test_an_mlp_may_have_hundreds_of_layers() -> None:
     assert logits.isfinite().all()
 
 
+def test_every_stage_of_a_cnn_halves_the_image() -> None:
+    layers = CNN((3, 32, 32), 10, no_norm, widths=(4, 8, 16), depth=3).features
+    assert layers[:-1](torch.randn(1, 3, 32, 32)).shape == (1, 16, 4, 4)
+    assert len([m for m in layers if isinstance(m, nn.Conv2d)]) == 9
+
+
 def test_the_raw_input_is_normalized_on_demand() -> None:
     features = MLP((5,), 3, AnyBatchNorm, normalize_input=True).features
     assert isinstance(features[1], AnyBatchNorm)
