@@ -64,12 +64,14 @@ class Classifier(pl.LightningModule):
         )
         self._window: list[Tensor] = []  # loss sum, hits and samples since the last log
         self._logged_at = 0
+        self._lr = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
+        self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # the one this step uses
         logits = self(x)
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         with torch.no_grad():
@@ -122,14 +124,9 @@ class Classifier(pl.LightningModule):
         sums = torch.stack([value.float() for value in self._window])
         self._window, self._logged_at = [], self.trainer.global_step
         loss, hits, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        metrics = {
-            "train/loss": loss / count,
-            "train/accuracy": hits / count,
-            "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"],
-        }
+        metrics = {"train/loss": loss / count, "train/accuracy": hits / count, "train/lr": self._lr}
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-        for logger in self.loggers:
-            logger.log_metrics(metrics | {"epoch": self.current_epoch}, step=self.global_step)
+        self._write(metrics)
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch
@@ -145,7 +142,13 @@ class Classifier(pl.LightningModule):
             assert isinstance(metric, Metric)
             values[f"{stage}/{name}"] = metric.compute()
             metric.reset()
-        self.log_dict(values)
+        self.log_dict(values, logger=False)
+        self._write({name: float(value) for name, value in values.items()})
+
+    def _write(self, metrics: dict[str, float]) -> None:
+        """To the loggers, at the number of steps done (Lightning would write the last step's index)."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics | {"epoch": self.current_epoch}, step=self.trainer.global_step)
 
 
 def _build(factory: Any, *args: Any) -> Any:

@@ -123,7 +123,7 @@ def _explain(error: Exception, overrides: list[Override], name: str, directory: 
     if not isinstance(error, ConfigCompositionException) or key is None:
         return text
     path = key.group(2).split(".")
-    kept = [o.input_line for o in overrides if o.input_line and "." not in o.key_or_group and o.key_or_group != path[0]]
+    kept = [o.input_line for o in overrides if o.input_line and "." not in o.key_or_group and o.key_or_group != key.group(2)]
     try:
         config = _composed(name, directory, [line for line in kept if "," not in line])
     except (HydraException, OmegaConfBaseException):

@@ -6,6 +6,7 @@ when one fails, and says which failed first and how.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
@@ -21,6 +22,7 @@ from bnlight.run.status import update_status
 def main() -> int:
     """Start the ranks, wait for them, and leave the first failure's traceback in the job's status."""
     die_with_parent()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the status says it better
     os.environ.update(parenthood())
     directory, processes, *label = sys.argv[1:]
     config = LaunchConfig(

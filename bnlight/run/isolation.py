@@ -9,12 +9,15 @@ import os
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -57,7 +60,10 @@ def isolated() -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_to(path: Path, rank: int = 0) -> Iterator[None]:
-    """Append what is logged and warned during the block to `path`, each line with the rank it comes from."""
+    """Append what is logged and warned during the block to `path`, each line with the rank it comes from.
+
+    What Lightning says of itself goes to the file alone.
+    """
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -66,15 +72,24 @@ def log_to(path: Path, rank: int = 0) -> Iterator[None]:
     propagation = [logger.propagate for logger in lightning]
     muted = [handler for logger in lightning for handler in logger.handlers]
     levels = [handler.level for handler in muted]
+    show_warning = warnings.showwarning
+
+    def show_and_log(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+        log.warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
+        if not any(f"/{package}/" in filename for package in ("pytorch_lightning", "lightning_fabric")):
+            show_warning(message, category, filename, lineno, *rest)
+
+    warnings.showwarning = show_and_log
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     for logger in lightning:
         logger.propagate = True
-    for console in muted:  # Lightning's chatter goes to the file, its warnings to the terminal as well
-        console.setLevel(logging.WARNING)
+    for console in muted:
+        console.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        warnings.showwarning = show_warning
         root.removeHandler(handler)
         root.setLevel(level)
         for logger, propagate in zip(lightning, propagation, strict=True):

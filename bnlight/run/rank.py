@@ -32,4 +32,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.excepthook = lambda *_: None  # `record` has told the launcher, which writes it down once
     main()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import WandbLogger
@@ -43,7 +46,7 @@ def wandb_logger(
         job_type=chosen.get("norm"),
         tags=sorted({*labels, *tags}),
         config={**config, "norm": {**config.get("norm", {}), "name": chosen.get("norm")}},
-        mode=os.environ.get("WANDB_MODE") or mode or ("online" if wandb.api.api_key else "offline"),
+        mode=os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline"),
         dir=str(directory),
         reinit="finish_previous",
         settings=wandb.Settings(console="off", silent=True),
@@ -51,3 +54,18 @@ def wandb_logger(
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return WandbLogger(experiment=run, save_dir=directory)
+
+
+def logged_in() -> bool:
+    """Whether W&B has credentials (environment or netrc), found without asking anybody over the network."""
+    import wandb
+
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).hostname or ""
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for file in files:
+        with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
+            if netrc.netrc(Path(file).expanduser()).authenticators(host):
+                return True
+    return False

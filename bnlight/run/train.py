@@ -46,10 +46,10 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     try:
         trainer = build_trainer(config, directory, loggers, label)
         _fit(trainer, module, data, str(last) if last.exists() else None)
+        fitted = {name: float(value) for name, value in trainer.callback_metrics.items()}
         tested = _test(trainer, module, data)
         if trainer.is_global_zero:
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            metrics |= _best_validation(directory / "metrics.csv", trainer.checkpoint_callback) | tested
+            metrics = fitted | _best_validation(directory / "metrics.csv", trainer.checkpoint_callback) | tested
             _write_result(directory, config, trainer, metrics, time.time() - begun)
         exit_code = 0
     finally:
@@ -108,8 +108,8 @@ def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[st
         return {}
     kept = trainer.checkpoint_callback
     best = kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
-    (values,) = trainer.test(module, datamodule=data, ckpt_path=best or None, verbose=False)
-    return dict(values)
+    trainer.test(module, datamodule=data, ckpt_path=best or None, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _best_validation(path: Path, kept: Any) -> dict[str, float]:

@@ -1,0 +1,44 @@
+"""Shared by the tests: a working directory of their own, and jobs small enough to run by the dozen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# A job of a few steps on the embedded digits; its W&B run stays on this machine.
+SMALL = ["model=mlp", "model.width=16", "model.depth=1", "trainer=cpu", "trainer.max_epochs=1", "logger=csv"]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, as a user's, that is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_", "BNLIGHT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr("bnlight.run.sweep.current", None)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # the module of another test's user
+    return tmp_path
+
+
+@pytest.fixture
+def bnlight(project: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command in a process of its own, run in the user's folder."""
+
+    def run(*arguments: str, timeout: float = 180, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "bnlight", *arguments],
+            cwd=project,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
