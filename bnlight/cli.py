@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 RERUN = {"--retry-failed": "rerun=failed", "--force": "rerun=all"}
@@ -27,12 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="bnlight", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("train", help="train one job, or several with -m (Hydra's command line)", add_help=False)
+    commands.add_parser(
+        "train", help="train one job, or several with -m (Hydra's command line)", add_help=False
+    )
     sweep = commands.add_parser("sweep", help="run a sweep file, then compare its jobs", add_help=False)
     sweep.add_argument("name", nargs="?", help="a file of sweeps/ (without .yaml), or a path to one")
     compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
     compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
-    compare.add_argument("--target", type=float, default=0.9, help="accuracy whose first step is reported (default: 0.9)")
+    compare.add_argument(
+        "--target", type=float, default=0.9, help="accuracy whose first step is reported (default: 0.9)"
+    )
     if given[:1] == ["train"]:
         return _report(lambda: train(given[1:]))
     if given[:1] == ["sweep"]:
@@ -57,7 +61,10 @@ def train(arguments: list[str], config_name: str = "train") -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it stopped:\n  bnlight " + " ".join(sys.argv[1:]), file=sys.stderr)
+        print(
+            "\nStopped. The same command goes on where it stopped:\n  bnlight " + " ".join(sys.argv[1:]),
+            file=sys.stderr,
+        )
         return 130
     if sweep.current is not None and int(os.environ.get("RANK", "0")) == 0:
         print()
@@ -80,7 +87,10 @@ def run_sweep(arguments: list[str]) -> int:
     if file.is_file():
         return train(["--config-dir", str(file.parent), *rest], config_name=file.stem)
     if name not in available_sweeps():
-        print(f"There is no sweep '{name}'. Choose one of {', '.join(available_sweeps())}, or give a path.", file=sys.stderr)
+        print(
+            f"There is no sweep '{name}'. Choose one of {', '.join(available_sweeps())}, or give a path.",
+            file=sys.stderr,
+        )
         return 2
     return train(rest, config_name=name)
 
@@ -97,6 +107,6 @@ def print_comparison(directory: Path, target: float = 0.9) -> int:
     return 0
 
 
-def _report(command) -> int:  # type: ignore[no-untyped-def]
+def _report(command: Callable[[], int]) -> int:
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
     return command()

@@ -35,7 +35,10 @@ def test_importing_bnlight_loads_nothing_heavy() -> None:
     [
         (["modle=cnn"], ["no key 'modle'", "Did you mean 'module'?", "norm", "trainer"]),
         (["optimizer.lrr=1"], ["no key 'lrr' in 'optimizer'", "Did you mean 'lr'?", "momentum"]),
-        (["model=resnet", "model.widht=3"], ["no key 'widht' in 'model'", "Did you mean 'width'?", "zero_init_residual"]),
+        (
+            ["model=resnet", "model.widht=3"],
+            ["no key 'widht' in 'model'", "Did you mean 'width'?", "zero_init_residual"],
+        ),
         (["norm=grup"], ["Could not find 'norm/grup'", "Available options in 'norm'", "instance"]),
         (["+nrom=group"], ["adds a key that nothing reads", "Did you mean 'norm'?"]),
         (["++sweep=norms"], ["adds a key that nothing reads", "scheduler"]),

@@ -134,7 +134,9 @@ def test_a_failure_is_recorded_and_runs_again_only_on_request(
 
 def test_a_killed_job_reads_as_interrupted_and_continues(project: Path) -> None:
     arguments = [*SMALL, "trainer.max_epochs=60", "logger=wandb"]
-    process = subprocess.Popen([sys.executable, "-m", "bnlight", "train", *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bnlight", "train", *arguments], stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         done = list(project.glob("outputs/train/*/status.json"))
@@ -158,7 +160,9 @@ def test_a_killed_job_reads_as_interrupted_and_continues(project: Path) -> None:
     assert resumed[-1] == 59
 
 
-def test_a_job_owned_by_a_living_process_is_left_to_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_owned_by_a_living_process_is_left_to_it(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["train", *SMALL])
     job = only_job(project)
     with own(job):
@@ -201,8 +205,20 @@ class Net(nn.Module):
         return self.layers(x)
 """
     )
-    arguments = ["trainer=cpu", "trainer.max_epochs=1", "logger=csv", "data=custom", "data._target_=mine.Data"]
-    arguments += ["model=custom", "model._target_=mine.Net", "norm=custom", "norm._target_=mine.Norm", "+norm.scale=0.5"]
+    arguments = [
+        "trainer=cpu",
+        "trainer.max_epochs=1",
+        "logger=csv",
+        "data=custom",
+        "data._target_=mine.Data",
+    ]
+    arguments += [
+        "model=custom",
+        "model._target_=mine.Net",
+        "norm=custom",
+        "norm._target_=mine.Norm",
+        "+norm.scale=0.5",
+    ]
     assert main(["train", *arguments]) == 0
     job = only_job(project)
     assert job.name.startswith("Norm-Net-Data-s0-")
@@ -238,7 +254,9 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(project: P
     assert a["train/loss"] != c["train/loss"]
 
 
-@pytest.mark.parametrize("name", ["callbacks=early_stopping", "optimizer=adamw", "optimizer=rmsprop", "scheduler=none"])
+@pytest.mark.parametrize(
+    "name", ["callbacks=early_stopping", "optimizer=adamw", "optimizer=rmsprop", "scheduler=none"]
+)
 def test_options_of_the_recipe_train(project: Path, name: str) -> None:
     assert main(["train", *SMALL, name, "trainer.gradient_clip_val=1.0"]) == 0
 

@@ -47,7 +47,9 @@ class Norm(BatchNorm):
 
 
 def jobs(project: Path) -> dict[str, dict[str, Any]]:
-    return {path.parent.name: read_status(path.parent) for path in project.glob("outputs/train/*/status.json")}
+    return {
+        path.parent.name: read_status(path.parent) for path in project.glob("outputs/train/*/status.json")
+    }
 
 
 def test_jobs_of_one_sweep_may_want_different_numbers_of_processes(project: Path, bnlight: Command) -> None:
@@ -84,7 +86,11 @@ def test_a_failing_rank_fails_its_job_alone_and_soon(project: Path, bnlight: Com
     assert f"RuntimeError: as asked on rank {rank}" in states["failed"]["traceback"]
     assert f"as asked on rank {rank}" in done.stdout
     assert "failed" in done.stdout
-    left = [process for process in psutil.process_iter(["cmdline"]) if str(project) in " ".join(process.info["cmdline"] or [])]
+    left = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(project) in " ".join(process.info["cmdline"] or [])
+    ]
     assert not left
 
 

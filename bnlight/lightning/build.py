@@ -34,7 +34,9 @@ def complete(config: Config, **available: Any) -> dict[str, Any]:
     }
 
 
-def model_config(model: Config, norm: Config, input_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+def model_config(
+    model: Config, norm: Config, input_shape: tuple[int, ...], num_classes: int
+) -> dict[str, Any]:
     """The model's config with the norm and the data's shape in it: all that is needed to build it again.
 
     Raises ValueError if the model's class takes no `norm`: a sweep over norms would change nothing.

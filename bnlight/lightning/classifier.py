@@ -47,7 +47,9 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         given = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        self.save_hyperparameters(ignore=[name for name, value in given.items() if not _is_plain(value)])
+        self.save_hyperparameters(
+            logger=False, ignore=[name for name, value in given.items() if not _is_plain(value)]
+        )
         self.model: nn.Module = model if isinstance(model, nn.Module) else instantiate(model)
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -67,7 +69,8 @@ class Classifier(pl.LightningModule):
         self._lr = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        logits: Tensor = self.model(x)
+        return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -82,7 +85,8 @@ class Classifier(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
-        if step % self.trainer.log_every_n_steps == 0 and step != self._logged_at:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % every == 0 and step != self._logged_at:
             self._log_window()
 
     def on_train_epoch_end(self) -> None:
@@ -104,7 +108,7 @@ class Classifier(pl.LightningModule):
         undecayed = list(norm_parameters(self))
         ids = {id(parameter) for parameter in undecayed}
         decayed = [parameter for parameter in self.parameters() if id(parameter) not in ids]
-        groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
         optimizer = _build(self.optimizer, [group for group in groups if group["params"]])
         scheduler = self.scheduler
         if scheduler is None or (isinstance(scheduler, dict) and not scheduler.get("_target_")):
@@ -132,18 +136,22 @@ class Classifier(pl.LightningModule):
         x, y = batch
         logits = self(x)
         if len(y):  # a rank may have no sample left while the others still do
-            self.metrics[f"{stage}_loss"].update(F.cross_entropy(logits, y, reduction="none"))
-            self.metrics[f"{stage}_accuracy"].update(logits, y)
+            self._metric(stage, "loss").update(F.cross_entropy(logits, y, reduction="none"))
+            self._metric(stage, "accuracy").update(logits, y)
 
     def _log_evaluation(self, stage: str) -> None:
         values = {}
         for name in ("loss", "accuracy"):
-            metric = self.metrics[f"{stage}_{name}"]
-            assert isinstance(metric, Metric)
+            metric = self._metric(stage, name)
             values[f"{stage}/{name}"] = metric.compute()
             metric.reset()
         self.log_dict(values, logger=False)
         self._write({name: float(value) for name, value in values.items()})
+
+    def _metric(self, stage: str, name: str) -> Metric:
+        metric = self.metrics[f"{stage}_{name}"]
+        assert isinstance(metric, Metric)
+        return metric
 
     def _write(self, metrics: dict[str, float]) -> None:
         """To the loggers, at the number of steps done (Lightning would write the last step's index)."""

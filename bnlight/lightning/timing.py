@@ -21,7 +21,9 @@ class StepTimer(pl.Callback):
         self._seconds = 0.0
         self._steps = 0
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._begun is None:
             self._begun = time.perf_counter()
 

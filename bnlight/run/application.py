@@ -37,7 +37,9 @@ def run_hydra(arguments: list[str], config_name: str) -> None:
     name = _option(arguments, "--config-name", "-cn") or config_name
     directory = _option(arguments, "--config-dir", "-cd")
     _refuse_new_top_level_keys(overrides, name, directory)
-    application = hydra.main(version_base="1.3", config_path="pkg://bnlight.conf", config_name=config_name)(run_job)
+    application = hydra.main(version_base="1.3", config_path="pkg://bnlight.conf", config_name=config_name)(
+        run_job
+    )
     with _hydra_raises(), _argv(["bnlight", *arguments]):
         try:
             application()
@@ -86,7 +88,9 @@ def _option(arguments: list[str], *names: str) -> str | None:
 
 def _overrides(arguments: list[str]) -> list[Override]:
     """The `key=value` arguments, parsed; what Hydra's parser refuses it will refuse again, with its own message."""
-    texts = [text for text in arguments if re.match(r"[+~]{0,2}[\w@/.$-]+(=|$)", text) and not text.startswith("-")]
+    texts = [
+        text for text in arguments if re.match(r"[+~]{0,2}[\w@/.$-]+(=|$)", text) and not text.startswith("-")
+    ]
     parsed = []
     for text in texts:
         with contextlib.suppress(HydraException):
@@ -110,7 +114,9 @@ def _refuse_new_top_level_keys(overrides: list[Override], name: str, directory: 
         key = override.key_or_group
         top = key.split(".", 1)[0].split("/", 1)[0]
         if top not in known and top != "hydra":
-            raise CommandError(f"'{override.input_line}' adds a key that nothing reads.\n{_choices(top, known)}")
+            raise CommandError(
+                f"'{override.input_line}' adds a key that nothing reads.\n{_choices(top, known)}"
+            )
 
 
 def _explain(error: Exception, overrides: list[Override], name: str, directory: str | None) -> str:
@@ -123,7 +129,11 @@ def _explain(error: Exception, overrides: list[Override], name: str, directory: 
     if not isinstance(error, ConfigCompositionException) or key is None:
         return text
     path = key.group(2).split(".")
-    kept = [o.input_line for o in overrides if o.input_line and "." not in o.key_or_group and o.key_or_group != key.group(2)]
+    kept = [
+        o.input_line
+        for o in overrides
+        if o.input_line and "." not in o.key_or_group and o.key_or_group != key.group(2)
+    ]
     try:
         config = _composed(name, directory, [line for line in kept if "," not in line])
     except (HydraException, OmegaConfBaseException):

@@ -47,7 +47,9 @@ def _first_failure(error: ChildFailedError) -> str:
     rank, failure = error.get_first_failure()
     message = failure.error_file_data.get("message", {})
     trace = message.get("extraInfo", {}).get("py_callstack") if isinstance(message, dict) else None
-    how = f"ended by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
+    how = (
+        f"ended by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
+    )
     return f"rank {rank} {how}\n{trace or failure.message}"
 
 

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -30,7 +30,10 @@ def isolated() -> Iterator[None]:
     """
     environment = dict(os.environ)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     threads = torch.get_num_threads()
@@ -54,7 +57,7 @@ def isolated() -> Iterator[None]:
         for name, handler in handlers.items():
             signal.signal(name, handler)
         gc.collect()
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
 
@@ -68,16 +71,25 @@ def log_to(path: Path, rank: int = 0) -> Iterator[None]:
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
-    lightning = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")]
+    lightning = [
+        logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch")
+    ]
     propagation = [logger.propagate for logger in lightning]
     muted = [handler for logger in lightning for handler in logger.handlers]
     levels = [handler.level for handler in muted]
     show_warning = warnings.showwarning
 
-    def show_and_log(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+    def show_and_log(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         log.warning("%s:%s: %s: %s", filename, lineno, category.__name__, message)
         if not any(f"/{package}/" in filename for package in ("pytorch_lightning", "lightning_fabric")):
-            show_warning(message, category, filename, lineno, *rest)
+            show_warning(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show_and_log
     root.addHandler(handler)

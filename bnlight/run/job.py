@@ -39,9 +39,9 @@ def run_job(config: DictConfig) -> float | None:
 
     Raises JobFailed after the failure was recorded in the job's directory.
     """
-    hydra = HydraConfig.get()
+    hydra: Any = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
-    label = sweep.current.label(hydra.job.num) if sweep.current and "num" in hydra.job else ""
+    label = sweep.current.label(hydra.job.num) if sweep.current else ""
     resolved = resolve(config, hydra)
     if already_started() and this_rank() > 0:
         _follow(resolved, directory)
@@ -56,7 +56,7 @@ def run_job(config: DictConfig) -> float | None:
     return None if score is None else float(score)
 
 
-def resolve(config: DictConfig, hydra: DictConfig) -> dict[str, Any]:
+def resolve(config: DictConfig, hydra: Any) -> dict[str, Any]:
     """The job's plain config: everything resolved, and a `job` block that says what it is called and was asked."""
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
@@ -182,5 +182,7 @@ def _append(path: Path, text: str) -> None:
 
 def _scores(directory: Path) -> str:
     metrics = read_json(directory / "result.json").get("metrics", {})
-    shown = {name: metrics[name] for name in ("val/accuracy", "test/accuracy") if metrics.get(name) is not None}
+    shown = {
+        name: metrics[name] for name in ("val/accuracy", "test/accuracy") if metrics.get(name) is not None
+    }
     return "".join(f"  {name} {value:.4f}" for name, value in shown.items())

@@ -47,7 +47,12 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row: dict[str, Any] = {"attempt": self.attempt, "step": step, "epoch": None, "time": f"{time.time():.3f}"}
+        row: dict[str, Any] = {
+            "attempt": self.attempt,
+            "step": step,
+            "epoch": None,
+            "time": f"{time.time():.3f}",
+        }
         row |= {key: int(value) if key == "epoch" else value for key, value in metrics.items()}
         new = [key for key in row if key not in self._columns]
         if new:

@@ -65,7 +65,9 @@ def processes_of(trainer: Mapping[str, Any]) -> int:
     except ValueError:
         count = 0
     if count < 1:
-        raise ValueError(f"trainer.devices={devices} is not a number of devices: expected 1, 2, ..., a list or 'auto'")
+        raise ValueError(
+            f"trainer.devices={devices} is not a number of devices: expected 1, 2, ..., a list or 'auto'"
+        )
     return count
 
 
@@ -92,4 +94,6 @@ def launch(directory: Path, processes: int, label: str) -> None:
     if code < 0:
         raise RankFailed(f"the launcher of the ranks was ended by {signal.Signals(-code).name}")
     if code > 0:
-        raise RankFailed(read_json(directory / "status.json").get("traceback") or f"the ranks exited with {code}")
+        raise RankFailed(
+            read_json(directory / "status.json").get("traceback") or f"the ranks exited with {code}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ class Heartbeat(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self._end()
 
     def _end(self) -> None:
@@ -121,7 +124,9 @@ class ProgressBar(_Display):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         self._end()
 
     def _end(self) -> None:
@@ -148,7 +153,11 @@ def progress_display(style: str, label: str, name: str) -> list[pl.Callback]:
     title = f"{label} {name}".strip()
     if style == "auto":
         style = "bar" if Console().is_terminal else "plain"
-    displays = {"bar": [ProgressBar], "plain": [ProgressLines], "off": []}
+    displays: dict[str, list[Callable[[str], pl.Callback]]] = {
+        "bar": [ProgressBar],
+        "plain": [ProgressLines],
+        "off": [],
+    }
     if style not in displays:
         raise ValueError(f"progress={style} is unknown; choose one of auto, {', '.join(displays)}")
     return [display(title) for display in displays[style]]

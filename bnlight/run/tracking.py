@@ -7,11 +7,13 @@ import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from pytorch_lightning.loggers import WandbLogger
+
+Mode = Literal["online", "offline", "disabled", "shared"]
 
 
 def wandb_logger(
@@ -21,7 +23,7 @@ def wandb_logger(
     *,
     project: str,
     entity: str | None = None,
-    mode: str | None = None,
+    mode: Mode | None = None,
     tags: Sequence[str] = (),
 ) -> WandbLogger:
     """Start (or continue) the job's W&B run in `directory` and return Lightning's logger for it.
@@ -46,7 +48,7 @@ def wandb_logger(
         job_type=chosen.get("norm"),
         tags=sorted({*labels, *tags}),
         config={**config, "norm": {**config.get("norm", {}), "name": chosen.get("norm")}},
-        mode=os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline"),
+        mode=cast("Mode", os.environ.get("WANDB_MODE") or mode or ("online" if logged_in() else "offline")),
         dir=str(directory),
         reinit="finish_previous",
         settings=wandb.Settings(console="off", silent=True),

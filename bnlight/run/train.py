@@ -16,12 +16,12 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import complete, instantiate, model_config
 from bnlight.lightning.timing import StepTimer
 from bnlight.run.metrics import MetricsFile
+from bnlight.run.processes import this_rank
 from bnlight.run.progress import Heartbeat, progress_display
 from bnlight.run.status import read_json, write_json
 
@@ -39,7 +39,7 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     last = directory / "checkpoints" / "last.ckpt"
     loggers: list[Any] = [MetricsFile(directory, attempt=status.get("attempt", 1))]
     tracker = None
-    if config["logger"].get("_target_") and rank_zero_only.rank == 0:
+    if config["logger"].get("_target_") and this_rank() == 0:
         tracker = instantiate(config["logger"])(dict(config), directory, status["wandb_id"])
         loggers.append(tracker)
     exit_code = 1
@@ -49,7 +49,9 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
         fitted = {name: float(value) for name, value in trainer.callback_metrics.items()}
         tested = _test(trainer, module, data)
         if trainer.is_global_zero:
-            metrics = fitted | _best_validation(directory / "metrics.csv", trainer.checkpoint_callback) | tested
+            metrics = (
+                fitted | _best_validation(directory / "metrics.csv", trainer.checkpoint_callback) | tested
+            )
             _write_result(directory, config, trainer, metrics, time.time() - begun)
         exit_code = 0
     finally:
@@ -77,11 +79,17 @@ def build_trainer(
 ) -> pl.Trainer:
     """The Trainer of the config, with the job's callbacks; what is shown and measured is bnlight's own."""
     callbacks = [
-        instantiate(callback, **({"dirpath": str(directory / "checkpoints")} if "ModelCheckpoint" in target else {}))
+        instantiate(
+            callback, **({"dirpath": str(directory / "checkpoints")} if "ModelCheckpoint" in target else {})
+        )
         for callback in config["callbacks"].values()
         if callback and (target := callback["_target_"])
     ]
-    callbacks += [StepTimer(), Heartbeat(directory), *progress_display(config["progress"], label, config["job"]["name"])]
+    callbacks += [
+        StepTimer(),
+        Heartbeat(directory),
+        *progress_display(config["progress"], label, config["job"]["name"]),
+    ]
     trainer: pl.Trainer = instantiate(
         config["trainer"],
         callbacks=callbacks,
@@ -137,7 +145,12 @@ def _write_result(
         "identity": config["job"]["identity"],
         "git": git_commit(),
         "versions": versions(),
-        "hardware": {"device": device.type, "gpu": gpu, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "hardware": {
+            "device": device.type,
+            "gpu": gpu,
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
     }
     write_json(directory / "result.json", result)
 
@@ -156,4 +169,6 @@ def git_commit() -> str | None:
 def versions() -> dict[str, str]:
     """The versions of Python and of what a result depends on."""
     packages = ("bnlight", "torch", "pytorch-lightning", "torchmetrics", "hydra-core", "wandb")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in packages
+    }

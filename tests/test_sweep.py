@@ -1,0 +1,122 @@
+"""A sweep from a file: progress, comparison, skipping, failures, and stopping it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bnlight.cli import main
+from bnlight.run.status import read_status
+from bnlight.run.sweep import Sweep, duration
+
+SWEEP = """
+# Which of two?
+defaults: [train, _self_, {override model: mlp}, {override logger: csv}, {override trainer: cpu}]
+model: {width: 16, depth: 1}
+trainer: {max_epochs: 1}
+hydra:
+  mode: MULTIRUN
+  sweeper: {params: {norm: "batch,group", seed: "0,1"}}
+"""
+
+
+@pytest.fixture
+def ours(project: Path) -> Path:
+    (project / "sweeps").mkdir()
+    (project / "sweeps" / "ours.yaml").write_text(SWEEP)
+    return project / "outputs" / "ours"
+
+
+def test_a_users_own_sweep_file_runs_and_ends_with_the_comparison(
+    ours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", "ours"]) == 0
+    output = capsys.readouterr().out
+    for number in range(1, 5):
+        assert f"[{number}/4" in output
+    assert " left] " in output
+    for text in ("test accuracy", "best validation loss", "steps to 90", "seconds per step", "results.csv"):
+        assert text in output.replace("\n", " ")
+    with (ours / "results.csv").open() as file:
+        assert sorted(row["norm"] for row in csv.DictReader(file)) == ["batch", "batch", "group", "group"]
+    assert (ours / "comparison.html").stat().st_size > 1_000_000
+    begun = time.perf_counter()
+    assert main(["sweep", "sweeps/ours.yaml"]) == 0
+    assert time.perf_counter() - begun < 20
+    assert capsys.readouterr().out.count("done before, skipped") == 4
+
+
+def test_overrides_widen_a_sweep_and_finished_jobs_stay(
+    ours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["sweep", "ours", "norm=batch", "seed=0"])
+    assert main(["sweep", "ours", "norm=batch,layer", "seed=0"]) == 0
+    assert capsys.readouterr().out.count("done before, skipped") == 1
+    assert len(list(ours.glob("*/result.json"))) == 2
+
+
+def test_a_failed_job_is_shown_and_the_rest_is_compared(
+    ours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["sweep", "ours", "norm=batch,instance", "seed=0"]) == 1
+    )  # instance norm needs space; an MLP has none
+    output = capsys.readouterr().out
+    states = sorted(read_status(path.parent)["state"] for path in ours.glob("*/status.json"))
+    assert states == ["done", "failed"]
+    assert output.count("InstanceNorm") >= 2  # when it happened, and under the table
+    with (ours / "results.csv").open() as file:
+        assert {row["norm"]: row["state"] for row in csv.DictReader(file)} == {
+            "batch": "done",
+            "instance": "failed",
+        }
+    assert "failed" in (ours / "comparison.html").read_text()
+
+
+def test_the_comparison_is_rebuilt_from_a_folder_that_has_moved(ours: Path) -> None:
+    main(["sweep", "ours", "seed=0"])
+    before = (ours / "results.csv").read_text()
+    moved = ours.parent.parent / "elsewhere"
+    shutil.move(ours, moved)
+    (moved / "results.csv").unlink()
+    assert main(["compare", str(moved)]) == 0
+    assert (moved / "results.csv").read_text() == before
+
+
+def test_ctrl_c_stops_the_sweep_and_names_the_command_that_continues(
+    ours: Path, bnlight: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    arguments = ["sweep", "ours", "trainer.max_epochs=40"]
+    command = [sys.executable, "-m", "bnlight", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not list(ours.glob("*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "bnlight sweep ours trainer.max_epochs=40" in errors
+    (status,) = ours.glob("*/status.json")
+    assert json.loads(status.read_text())["state"] == "interrupted"
+    done = bnlight(*arguments)
+    assert done.returncode == 0
+    assert "interrupted before, continued" in done.stdout
+    assert len(list(ours.glob("*/result.json"))) == 4
+
+
+def test_the_label_says_which_job_of_how_many_and_what_is_left() -> None:
+    sweep = Sweep(Path(), total=18)
+    assert sweep.label(0) == "[ 1/18]"
+    sweep.seconds = [10.0, 20.0]
+    assert sweep.label(12) == "[13/18, 90 s left]"
+    assert Sweep(Path(), total=None).label(4) == "[5]"
+    assert [duration(seconds) for seconds in (3, 240, 7800)] == ["3 s", "4 min", "2 h 10 min"]
