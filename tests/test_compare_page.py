@@ -133,6 +133,9 @@ def test_a_script_in_a_name_is_text(tmp_path):
         assert "<script>alert" not in text
         assert "<img src=x" not in text
         assert "<b onclick" not in text
+    assert "<" not in re.search(r'id="figures">(.*?)</script>', page.read_text(), re.DOTALL)[1]
+    names = {trace["name"] for spec in specs(page).values() for trace in spec["data"]}
+    assert names == {html.escape(EVIL)}  # plotly reads names as HTML too
     seen = parsed(page)
     assert "img" not in seen.tags
     assert seen.handlers == []

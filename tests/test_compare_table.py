@@ -77,6 +77,12 @@ def test_in_a_narrow_terminal_the_numbers_stay_whole(sweep):
     assert all(str(cell.metric) in text for cell in comparison.cells)
 
 
+def test_a_path_is_never_broken_over_two_lines(sweep):
+    text = printed(compare(sweep), 60)
+    for path in (sweep / "results.csv", sweep / "comparison.html", next(sweep.glob("frn*")) / "job.log"):
+        assert str(path) in text
+
+
 def test_failed_jobs_are_listed_with_their_last_line_and_their_log(sweep):
     text = str(compare(sweep))
     frn, tanh = next(sweep.glob("frn*")), next(sweep.glob("tanh-*-s0-*"))
@@ -119,8 +125,12 @@ def test_piped_output_is_plain(sweep):
 
 
 def test_square_brackets_in_a_message_are_printed_as_they_are(tmp_path):
-    write_job(tmp_path, norm="batch", state="failed", traceback="KeyError: [bold]norm[/] not in [red]")
-    assert "KeyError: [bold]norm[/] not in [red]" in str(compare(tmp_path))
+    job = write_job(tmp_path, norm="batch", state="failed", traceback="KeyError: [bold]norm[/] not in [red]")
+    config = (job / "config.yaml").read_text()
+    (job / "config.yaml").write_text(config.replace("norm: batch", "norm: '[red]batch[/red]'"))
+    text = str(compare(tmp_path))
+    assert "KeyError: [bold]norm[/] not in [red]" in text
+    assert "\n[red]batch[/red]  0  1 failed" in text
 
 
 def test_results_csv_has_one_row_per_job_failed_ones_too(sweep):
