@@ -128,6 +128,15 @@ def write_sweep(root, norms=tuple(QUALITY), seeds=(0, 1, 2), **options):
     return [write_job(root, norm=norm, seed=seed, **options) for norm in norms for seed in seeds]
 
 
+def scored(root, norm, accuracies, settings=None, validation=None, **options):
+    """Jobs of one norm whose results are exactly `accuracies`, one seed each."""
+    for seed, accuracy in enumerate(accuracies):
+        result = {"test/accuracy": accuracy, "test/loss": 1 - accuracy}
+        job = write_job(root, norm=norm, seed=seed, settings=settings, result=result, **options)
+        value = accuracy if validation is None else validation
+        write_metrics(job, [{"attempt": 1, "step": 9, "epoch": 0, "time": 0, "val/accuracy": value}])
+
+
 def test_a_written_job_has_the_files_of_a_job(tmp_path):
     job = write_job(tmp_path / "norms", norm="renorm", seed=1, wandb=True)
     names = {path.name for path in job.iterdir()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_compare_builder import write_job, write_json, write_metrics, write_result, write_sweep
+from test_compare_builder import scored, write_job, write_json, write_metrics, write_result, write_sweep
 
 from bnlight.compare import compare, estimate
 
@@ -18,15 +18,6 @@ T_975 = {
     3: 3.1824463053,
     9: 2.2621571628,
 }  # a printed table of Student's t
-
-
-def scored(root, norm, accuracies, settings=None, validation=None, **options):
-    """Jobs of one norm whose results are exactly `accuracies`, one seed each."""
-    for seed, accuracy in enumerate(accuracies):
-        result = {"test/accuracy": accuracy, "test/loss": 1 - accuracy}
-        job = write_job(root, norm=norm, seed=seed, settings=settings, result=result, **options)
-        value = accuracy if validation is None else validation
-        write_metrics(job, [{"attempt": 1, "step": 9, "epoch": 0, "time": 0, "val/accuracy": value}])
 
 
 def by_contender(comparison):
