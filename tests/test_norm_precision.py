@@ -1,4 +1,4 @@
-"""Statistics keep full precision whatever the module, the input and autocast do; large means keep their variance."""
+"""Statistics keep full precision whatever the module, the input and autocast are; large means keep variance."""
 
 import pytest
 import torch

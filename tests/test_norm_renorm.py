@@ -1,4 +1,4 @@
-"""BatchRenorm is the paper's algorithm, exactly, in one elementwise pass forward and one native call backward."""
+"""BatchRenorm is the paper's algorithm, exactly, in one pass forward and one native call backward."""
 
 import pytest
 import torch

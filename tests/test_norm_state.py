@@ -39,7 +39,7 @@ def test_the_table_of_names_is_complete():
 
 def test_every_layer_takes_the_shared_arguments_and_has_parameters_of_its_channels(layer):
     parameters = inspect.signature(type(layer)).parameters
-    assert [*parameters][0] == "num_features"
+    assert next(iter(parameters)) == "num_features"
     assert {"eps", "affine", "bias", "channel_dim", "device", "dtype"} <= {*parameters}
     assert all(p.kind == p.KEYWORD_ONLY for p in [*parameters.values()][1:])
     assert layer.weight.shape == layer.bias.shape == (8,)

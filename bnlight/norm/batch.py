@@ -105,19 +105,21 @@ class BatchStatistics(Norm):
         return self._by_batch_statistics(x, valid, groups)
 
     def batch_affine(self, x: Tensor, batch: Moments) -> tuple[Tensor, Tensor]:
-        """Weight and bias, `(K, C)`, that follow the normalization of the K groups by their moments."""
+        """Weight and bias that follow the normalization of the K groups, `(K, C)` or, for K = 1, `(C,)`."""
         weight, bias = self.full_affine(x)
         return weight.expand_as(batch.mean), bias.expand_as(batch.mean)
 
     def update(self, batch: Moments, used: Tensor | None) -> None:
-        """Move the running averages towards the groups' moments, `(K, C)`; `used`: which count, None all."""
+        """Move the running averages towards the groups' moments; `used`: which of them count, None all."""
         raise NotImplementedError
 
     def follow(self, average: Tensor, values: Tensor, used: Tensor | None) -> None:
         """Move a running average one step towards the mean of the groups' values, in place."""
         if used is None:
-            average.lerp_(values.mean(0).to(average.dtype), self.rate())
+            target = values if values.dim() == 1 else values.mean(0)
+            average.lerp_(target.to(average.dtype), self.rate())
         else:
+            values, used = values.view(-1, self.num_features), used.view(-1, self.num_features)
             groups = used.sum(0)
             target = (values * used).sum(0) / groups.clamp(min=1)
             average.lerp_(target.to(average.dtype), (self.rate() * (groups > 0)).to(average.dtype))

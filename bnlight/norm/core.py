@@ -58,8 +58,8 @@ _snapshot.register_fake(torch.empty_like)
 def snapshot(x: Tensor) -> Tensor:
     """A copy of `x` that a later update in place does not reach, also in a compiled graph.
 
-    There a clone is not enough: the compiler may repeat it in the backward, after the update, and the gradients
-    are silently wrong. It never repeats an operation that it does not know.
+    There a clone is not enough: the compiler may repeat it in the backward, after the update, and the
+    gradients are silently wrong. It never repeats an operation that it does not know.
     """
     copy: Tensor = _snapshot(x) if torch.compiler.is_compiling() else x.clone()
     return copy

@@ -93,7 +93,7 @@ class BatchRenorm(BatchStatistics):
             std, r_max, d_max = (var + self.eps).sqrt(), self.r_max.to(var.dtype), self.d_max.to(var.dtype)
             r = ((batch.var + self.eps).sqrt() / std).clamp(1 / r_max, r_max)
             d = ((batch.mean - mean) / std).clamp(-d_max, d_max)
-        return weight * r, bias + weight * d
+        return weight * r, torch.addcmul(bias, weight, d)
 
     def update(self, batch: Moments, used: Tensor | None) -> None:
         assert self.running_mean is not None

@@ -1,5 +1,7 @@
 """Virtual batches: arrange a batch, valid or padded, in groups that have statistics of their own."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,8 @@ from bnlight.norm.core import Moments, memory_layout, moments, normalize
 
 
 class VirtualBatches:
-    """Sample n of `x`, `(N, C)` or `(N, C, *)`, belongs to group n mod K; per-channel tensors are `(K, C)`.
+    """Sample n of `x`, `(N, C)` or `(N, C, *)`, belongs to group n mod K; per-channel tensors are `(K, C)`,
+    or `(C,)` for K = 1.
 
     Each group's channels become channels of their own. In a contiguous `x` that is a view with K*C channels;
     in channels last the groups lie between samples and channels, so every group is copied to `(values, C)`.
@@ -35,25 +38,31 @@ class VirtualBatches:
                 valid = self._split(self.valid.expand(self.shape))
                 parts = [moments(piece, where) for piece, where in zip(self.pieces, valid, strict=True)]
             means, variances, numbers = zip(*parts, strict=True)
-            number = numbers[0] if self.valid is None else self._rows(numbers)
-            return Moments(self._rows(means), self._rows(variances), number)
+            number = numbers[0] if self.valid is None else self._stack(numbers)
+            return Moments(self._stack(means), self._stack(variances), number)
 
     def normalize(
         self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, share: Tensor | None
     ) -> Tensor:
         """`core.normalize` in each group, back in the order and layout of the batch."""
-        count = len(self.pieces)
-        rows = [tensor.reshape(count, -1) for tensor in (weight, bias, mean, var)]
-        shares = [None] * count if share is None else share.reshape(count, -1)
+        weights, biases, means, variances = (self._unstack(t) for t in (weight, bias, mean, var))
+        shares = [None] * len(self.pieces) if share is None else self._unstack(share)
         results = [
             normalize(piece, w, b, m, v, eps, s)
-            for piece, w, b, m, v, s in zip(self.pieces, *rows, shares, strict=True)
+            for piece, w, b, m, v, s in zip(
+                self.pieces, weights, biases, means, variances, shares, strict=True
+            )
         ]
         y = self._join(results)
         return y if len(y) == self.samples else y[: self.samples]
 
-    def _rows(self, values: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat(values).view(self.groups, -1)
+    def _stack(self, values: tuple[Tensor, ...]) -> Tensor:
+        if self.groups == 1:
+            return values[0]
+        return values[0].view(self.groups, -1) if len(values) == 1 else torch.stack(values)
+
+    def _unstack(self, values: Tensor) -> Sequence[Tensor]:
+        return [values.flatten()] if len(self.pieces) == 1 else values.unbind()
 
     def _split(self, x: Tensor) -> list[Tensor]:
         n, c = self.shape[:2]
