@@ -112,6 +112,10 @@ class TensorData(LightningDataModule):
         self._fill = torch.empty(0)
         self._told = False
 
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{len(y)} {name}" for name, (_, y) in self._splits.items()) or "not set up"
+        return f"{type(self).__name__}({sizes}; samples {self.input_shape}, {self.num_classes} classes)"
+
     def load(self) -> Arrays:
         """The published data; called by each process once, or more often, so a slow one caches."""
         raise NotImplementedError(f"{type(self).__name__} needs a load() that returns Arrays")
