@@ -73,7 +73,7 @@ def randomized(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("clips", CLIPS.values(), ids=CLIPS)
 def test_values_gradients_and_averages_follow_the_paper_over_several_steps(clips, shape, channels_last):
     layer = randomized(BatchRenorm(3, r_max=clips[0], d_max=clips[1], momentum=0.2, dtype=torch.float64))
-    batches = [torch.randn(shape, dtype=torch.float64) * (1 + i) + i for i in range(4)]
+    batches = [torch.randn(shape, dtype=torch.float64) * scale + scale for scale in (1, 4, 0.01, -2)]
     if channels_last and len(shape) == 4:
         batches = [x.to(memory_format=torch.channels_last) for x in batches]
     assert_equals_reference(layer, batches)

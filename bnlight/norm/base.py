@@ -72,9 +72,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check(x, mask)
         shape, last = x.shape, self.channel_dim == -1 and x.dim() > 2
-        if (
-            last
-        ):  # (N, *, C) is (N, C, positions, 1) in channels last: a view, in a layout torch's kernels know.
+        if last:
+            # (N, *, C) is (N, C, positions, 1) in channels last: a view, in a layout torch's kernels know.
             x = x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2)
         if mask is None:
             y = self.normalize(x, None)

@@ -25,7 +25,7 @@ class VirtualBatches:
                 valid = torch.ones(len(x), *[1] * (x.dim() - 1), dtype=torch.bool, device=x.device)
             pad = [0, 0] * (x.dim() - 1) + [0, short]
             x, valid = F.pad(x, pad), F.pad(valid, pad)
-        x = x if memory_layout(x) else x.contiguous()
+        x = x if memory_layout(x) else x.contiguous()  # torch's kernels crawl over other strides
         self.valid, self.shape, self.is_contiguous = valid, x.shape, x.is_contiguous()
         self.pieces = self._split(x)
 
