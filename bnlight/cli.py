@@ -78,7 +78,8 @@ def run_sweep(arguments: list[str]) -> int:
 
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
         print(
-            f"usage: bnlight sweep NAME [overrides] [--retry-failed] [--force]\n\nsweeps: {', '.join(available_sweeps())}",
+            "usage: bnlight sweep NAME [overrides] [--retry-failed] [--force]\n\n"
+            f"sweeps: {', '.join(available_sweeps())}",
             file=sys.stderr,
         )
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -107,6 +108,6 @@ def print_comparison(directory: Path, target: float = 0.9) -> int:
     return 0
 
 
-def _report(command: Callable[[], int]) -> int:
+def _report(action: Callable[[], int]) -> int:
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
-    return command()
+    return action()

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# Two tests run at a time on two cores: threads of one operation would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # A job of a few steps on the embedded digits; its W&B run stays on this machine.
 SMALL = ["model=mlp", "model.width=16", "model.depth=1", "trainer=cpu", "trainer.max_epochs=1", "logger=csv"]
 

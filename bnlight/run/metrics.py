@@ -63,6 +63,9 @@ class MetricsFile(Logger):
     def _read_columns(self) -> list[str]:
         if not self.path.exists():
             return []
+        text = self.path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):  # the last attempt was killed in the middle of a line
+            write_atomic(self.path, text[: text.rfind("\n") + 1])
         with self.path.open(newline="", encoding="utf-8") as file:
             return next(csv.reader(file), [])
 

@@ -33,6 +33,8 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     """
     begun = time.time()
     status = read_json(directory / "status.json")
+    if config["threads"] is not None:
+        torch.set_num_threads(config["threads"])
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     data = instantiate(config["data"])
     module = build_module(config, data)
