@@ -48,9 +48,9 @@ def columns(comparison: Comparison) -> list[Column]:
         result.append(Column("not done", lost, numeric=False))
     starred = is_tuned(cells)
     values = [f"{cell.metric}{(' *' if cell.chosen else '  ') if starred else ''}" for cell in cells]
-    result.append(Column(f"{metric_words(comparison.metric)}\n± 95 %", values))
+    result.append(Column(f"{metric_words(comparison.metric)}\nmean ± 95 % CI", values))
     if any(cell.best_loss.n for cell in cells) and comparison.metric != "best_val/loss":
-        result.append(Column("best val.\nloss", [number(cell.best_loss.mean) for cell in cells]))
+        result.append(Column("best validation\nloss", [number(cell.best_loss.mean) for cell in cells]))
     if "val/accuracy" in comparison.history:
         result.append(Column(f"steps to\n{comparison.target * 100:g} %", [_steps(c) for c in cells]))
     if any(cell.seconds.n for cell in cells):
