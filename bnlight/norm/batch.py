@@ -17,8 +17,8 @@ SmallBatch = Literal["error", "running"]
 class BatchStatistics(Norm):
     """Base of the layers that normalize by the batch in training and by running averages in evaluation.
 
-    A subclass says how the averages move (`update`), and may change the affine map by the batch
-    (`batch_affine`).
+    A subclass says what a training batch does (`step`): which affine map follows its normalization, and how
+    the averages move.
     """
 
     cancels_bias: ClassVar[bool] = True
@@ -104,13 +104,12 @@ class BatchStatistics(Norm):
             return self._by_running_statistics(x)
         return self._by_batch_statistics(x, valid, groups)
 
-    def batch_affine(self, x: Tensor, batch: Moments) -> tuple[Tensor, Tensor]:
-        """Weight and bias that follow the normalization of the K groups, `(K, C)` or, for K = 1, `(C,)`."""
-        weight, bias = self.full_affine(x)
-        return weight.expand_as(batch.mean), bias.expand_as(batch.mean)
+    def step(self, x: Tensor, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias that follow the normalization of the K groups, `(K, C)` or, for K = 1, `(C,)`.
 
-    def update(self, batch: Moments, used: Tensor | None) -> None:
-        """Move the running averages towards the groups' moments; `used`: which of them count, None all."""
+        In training it also moves the running averages towards the groups' moments; `used`: which of them
+        count, None all.
+        """
         raise NotImplementedError
 
     def follow(self, average: Tensor, values: Tensor, used: Tensor | None) -> None:
@@ -158,11 +157,8 @@ class BatchStatistics(Norm):
             batch = Moments(
                 torch.where(used, batch.mean, mean), torch.where(used, batch.var, var), batch.number
             )
-        weight, bias = self.batch_affine(x, batch)
-        if self.training and self.track_running_stats:
-            with torch.no_grad():
-                self._count_batch(counted)
-                self.update(batch, used)
+        self._count_batch(counted)
+        weight, bias = self.step(x, batch, used)
         return batches.normalize(weight, bias, batch.mean, batch.var, self.eps, share)
 
     def _count_batch(self, number: Tensor | int) -> None:

@@ -48,12 +48,13 @@ class BatchNorm(BatchStatistics):
         weight, bias = self.full_affine(x)
         return F.batch_norm(x, mean, var, weight, bias, True, self.rate(), self.eps)
 
-    def update(self, batch: Moments, used: Tensor | None) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        if isinstance(batch.number, int):
-            bessel: Tensor | float = batch.number / (batch.number - 1)
-        else:
-            bessel = batch.number / (batch.number - 1).clamp(min=1)
-        self.follow(self.running_mean, batch.mean, used)
-        self.follow(self.running_var, batch.var * bessel, used)
+    def step(self, x: Tensor, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            if isinstance(batch.number, int):
+                bessel: Tensor | float = batch.number / (batch.number - 1)
+            else:
+                bessel = batch.number / (batch.number - 1).clamp(min=1)
+            self.follow(self.running_mean, batch.mean, used)
+            self.follow(self.running_var, batch.var * bessel, used)
+        weight, bias = self.full_affine(x)
+        return weight.expand_as(batch.mean), bias.expand_as(batch.mean)

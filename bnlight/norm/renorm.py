@@ -85,20 +85,19 @@ class BatchRenorm(BatchStatistics):
         self.register_buffer("r_max", torch.tensor(r_max, device=device, dtype=kind))
         self.register_buffer("d_max", torch.tensor(d_max, device=device, dtype=kind))
 
-    def batch_affine(self, x: Tensor, batch: Moments) -> tuple[Tensor, Tensor]:
-        # ((xhat * r) + d) * weight + bias = xhat * (weight * r) + (bias + weight * d): nothing per element.
-        weight, bias = self.full_affine(x)
-        with torch.no_grad():
-            mean, var = self.running_statistics(x)
-            std, r_max, d_max = (var + self.eps).sqrt(), self.r_max.to(var.dtype), self.d_max.to(var.dtype)
-            r = ((batch.var + self.eps).sqrt() / std).clamp(1 / r_max, r_max)
-            d = ((batch.mean - mean) / std).clamp(-d_max, d_max)
-        return weight * r, torch.addcmul(bias, weight, d)
-
-    def update(self, batch: Moments, used: Tensor | None) -> None:
+    def step(self, x: Tensor, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
         assert self.running_mean is not None
         assert self.running_var is not None
-        std = (self.running_var + self.eps).sqrt()
-        self.follow(self.running_mean, batch.mean, used)
-        self.follow(std, (batch.var + self.eps).sqrt(), used)
-        self.running_var.copy_((std.square() - self.eps).clamp(min=0))
+        with torch.no_grad():
+            batch_std = (batch.var + self.eps).sqrt_()
+            mean, var = self.running_statistics(x)
+            std, r_max, d_max = (var + self.eps).sqrt_(), self.r_max.to(var.dtype), self.d_max.to(var.dtype)
+            r = (batch_std / std).clamp_(r_max.reciprocal(), r_max)
+            d = (batch.mean - mean).div_(std).clamp_(-d_max, d_max)
+            if self.training:
+                self.follow(self.running_mean, batch.mean, used)
+                self.follow(std, batch_std, used)
+                self.running_var.copy_(std.square_().sub_(self.eps).clamp_(min=0))
+        weight, bias = self.full_affine(x)
+        # ((xhat * r) + d) * weight + bias = xhat * (weight * r) + (bias + weight * d): nothing per element.
+        return weight * r, torch.addcmul(bias, weight, d)
