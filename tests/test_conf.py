@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from bnlight.lightning.build import arguments, instantiate
 from bnlight.norm import NORMS
 from bnlight.run import identity, searchpath
+from bnlight.run.application import VERSION_BASE
 
 CONF = Path(bnlight.conf.__path__[0])
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -43,7 +44,7 @@ def test_a_norm_file_names_its_class_and_each_of_its_arguments_with_its_default(
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_each_option_composes_and_its_keys_are_arguments_of_its_target(group: str, option: str) -> None:
     custom = [f"{group}._target_=torch.nn.Identity"] if option == "custom" else []
-    with initialize_config_module("bnlight.conf", version_base="1.3"):
+    with initialize_config_module("bnlight.conf", **VERSION_BASE):
         config = OmegaConf.to_container(compose("train", [f"{group}={option}", *custom])[group], resolve=True)
     parts = config.values() if group == "callbacks" else [config]
     for part in parts:
@@ -56,7 +57,7 @@ def test_each_option_composes_and_its_keys_are_arguments_of_its_target(group: st
 
 @pytest.mark.parametrize("name", [path.stem for path in Path(bnlight.sweeps.__path__[0]).glob("*.yaml")])
 def test_each_sweep_composes_and_says_what_it_asks(name: str) -> None:
-    with initialize_config_module("bnlight.conf", version_base="1.3"):
+    with initialize_config_module("bnlight.conf", **VERSION_BASE):
         config = compose(name, return_hydra_config=True)
     assert config.hydra.mode.name == "MULTIRUN"
     assert config.hydra.sweeper.params

@@ -1,6 +1,17 @@
-"""bnlight for PyTorch Lightning: modules and callbacks."""
+"""bnlight for PyTorch Lightning: modules and callbacks, imported when they are first named."""
 
-from bnlight.lightning.classifier import Classifier
-from bnlight.lightning.timing import StepTimer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from bnlight.lightning.classifier import Classifier as Classifier
+    from bnlight.lightning.timing import StepTimer as StepTimer
+
+_HOMES = {"Classifier": "classifier", "StepTimer": "timing"}
 __all__ = ["Classifier", "StepTimer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

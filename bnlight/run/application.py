@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -18,8 +19,13 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bnlight.lightning.build import any_target
 from bnlight.run import identity, searchpath
 from bnlight.run.job import run_job
+
+# Hydra 1.3 warns without a version base, 1.4 with one.
+VERSION_BASE: Any = {} if any_target() else {"version_base": "1.3"}
+TRUST: Any = {"execution_whitelist": any_target()} if any_target() else {}
 
 
 class CommandError(Exception):
@@ -37,9 +43,9 @@ def run_hydra(arguments: list[str], config_name: str) -> None:
     name = _option(arguments, "--config-name", "-cn") or config_name
     directory = _option(arguments, "--config-dir", "-cd")
     _refuse_new_top_level_keys(overrides, name, directory)
-    application = hydra.main(version_base="1.3", config_path="pkg://bnlight.conf", config_name=config_name)(
-        run_job
-    )
+    application = hydra.main(
+        config_path="pkg://bnlight.conf", config_name=config_name, **VERSION_BASE, **TRUST
+    )(run_job)
     with _hydra_raises(), _argv(["bnlight", *arguments]):
         try:
             application()
@@ -99,7 +105,7 @@ def _overrides(arguments: list[str]) -> list[Override]:
 
 
 def _composed(name: str, directory: str | None, overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    with initialize_config_module("bnlight.conf", version_base="1.3"):
+    with initialize_config_module("bnlight.conf", **VERSION_BASE):
         extra = [f"hydra.searchpath=[file://{Path(directory).absolute()}]"] if directory else []
         return compose(name, [*extra, *overrides], return_hydra_config=with_hydra)
 
@@ -125,7 +131,7 @@ def _explain(error: Exception, overrides: list[Override], name: str, directory: 
     missing = re.search(r"Missing mandatory value.*?full_key: (\S+)", text, re.DOTALL)
     if missing:
         return f"{missing.group(1)} has no value: give one on the command line, {missing.group(1)}=..."
-    key = re.search(r"Key '([^']*)' is not in struct\s+full_key: (\S+)", text)
+    key = re.search(r"Key '([^']*)' is not in struct.*?full_key: (\S+)", text, re.DOTALL)
     if not isinstance(error, ConfigCompositionException) or key is None:
         return text
     path = key.group(2).split(".")

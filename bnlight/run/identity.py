@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+import omegaconf
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 # Where things are and what is shown: two jobs that differ only here are the same job.
@@ -55,4 +56,6 @@ def _job_name_of_root(_root_: Any) -> str:
 
 def register() -> None:
     """Make `${bnlight.job:}` (the job's name) known to OmegaConf."""
-    OmegaConf.register_new_resolver("bnlight.job", _job_name_of_root, replace=True)
+    renamed = omegaconf.__version__ >= "2.4"
+    add: Any = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
+    add("bnlight.job", _job_name_of_root, replace=True)
