@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bnlight", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="store_true", help="show the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser(
         "train", help="train one job, or several with -m (Hydra's command line)", add_help=False
     )
@@ -42,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["sweep"]:
         return _report(lambda: run_sweep(given[1:]))
     options = parser.parse_args(given)
+    if options.version:
+        import importlib.metadata
+
+        print(f"bnlight {importlib.metadata.version('bnlight')}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
     return _report(lambda: print_comparison(options.directory, options.target))
 
 
@@ -50,6 +58,7 @@ def train(arguments: list[str], config_name: str = "train") -> int:
     from bnlight.run import sweep
     from bnlight.run.application import CommandError, run_hydra
     from bnlight.run.job import JobFailed
+    from bnlight.run.processes import this_rank
 
     arguments = [RERUN.get(argument, argument) for argument in arguments]
     failed = 0
@@ -66,7 +75,7 @@ def train(arguments: list[str], config_name: str = "train") -> int:
             file=sys.stderr,
         )
         return 130
-    if sweep.current is not None and int(os.environ.get("RANK", "0")) == 0:
+    if sweep.current is not None and this_rank() == 0:
         print()
         print_comparison(sweep.current.directory)
     return failed

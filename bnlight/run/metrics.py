@@ -28,7 +28,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = directory / "metrics.csv"
         self.attempt = attempt
-        self._columns = self._read_columns()
+        self._columns: list[str] | None = None  # read by the rank that writes
 
     @property
     def name(self) -> str:
@@ -54,9 +54,11 @@ class MetricsFile(Logger):
             "time": f"{time.time():.3f}",
         }
         row |= {key: int(value) if key == "epoch" else value for key, value in metrics.items()}
+        if self._columns is None:
+            self._columns = self._read_columns()
         new = [key for key in row if key not in self._columns]
         if new:
-            self._widen(new)
+            self._columns = self._widen(self._columns, new)
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self._columns).writerow(row)
 
@@ -69,14 +71,15 @@ class MetricsFile(Logger):
         with self.path.open(newline="", encoding="utf-8") as file:
             return next(csv.reader(file), [])
 
-    def _widen(self, new: list[str]) -> None:
+    def _widen(self, old: list[str], new: list[str]) -> list[str]:
         rows: list[dict[str, Any]] = []
-        if self._columns:
+        if old:
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
-        self._columns = [*INDEX, *sorted({*self._columns, *new} - {*INDEX})]
+        columns = [*INDEX, *sorted({*old, *new} - {*INDEX})]
         text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns)
+        writer = csv.DictWriter(text, columns)
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(self.path, text.getvalue())
+        return columns

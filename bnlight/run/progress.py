@@ -10,12 +10,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from bnlight.run.status import this_process, update_status
 
 SECONDS_BETWEEN_BEATS = 15.0
-SECONDS_BETWEEN_LINES = 20.0
+SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 2.0, 60.0
 
 
 class Heartbeat(pl.Callback):
@@ -82,7 +82,7 @@ class _Display(pl.Callback):
     def _text(self, trainer: pl.Trainer) -> str:
         score = trainer.callback_metrics.get("val/accuracy")
         epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs or 1)}/{trainer.max_epochs}"
-        return epoch if score is None else f"{epoch}  val/accuracy {float(score):.4f}"
+        return epoch if score is None else f"{epoch} val {float(score):.3f}"
 
     def _due(self, seconds: float) -> bool:
         now = time.monotonic()
@@ -93,7 +93,7 @@ class _Display(pl.Callback):
 
 
 class ProgressBar(_Display):
-    """One live line: job, epoch, metric, elapsed and remaining time."""
+    """One live line: job, epoch, metric, remaining time; it fits a terminal of 80 columns."""
 
     def __init__(self, title: str) -> None:
         super().__init__(title)
@@ -105,10 +105,8 @@ class ProgressBar(_Display):
             return
         self._bar = Progress(
             TextColumn(self.title, markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=8),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
             transient=True,
         )
@@ -136,21 +134,23 @@ class ProgressBar(_Display):
 
 
 class ProgressLines(_Display):
-    """Plain lines, a few a minute, for logs and pipes."""
+    """Plain lines for logs and pipes: one soon, then ever fewer, down to one a minute."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seconds = SECONDS_TO_FIRST_LINE
         self._due(0.0)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_global_zero and self._due(SECONDS_BETWEEN_LINES):
+        if trainer.is_global_zero and self._due(self._seconds):
+            self._seconds = min(2 * self._seconds, SECONDS_BETWEEN_LINES)
             print(f"{self.title}  {self._text(trainer)}", flush=True)
 
 
 def progress_display(style: str, label: str, name: str) -> list[pl.Callback]:
     """The callback that shows progress in `style` (auto, bar, plain or off); auto is a bar on a terminal."""
-    title = f"{label} {name}".strip()
+    title = f"{label} {name.rsplit('-', 1)[0]}".strip()  # without the hash
     if style == "auto":
         style = "bar" if Console().is_terminal else "plain"
     displays: dict[str, list[Callable[[str], pl.Callback]]] = {
