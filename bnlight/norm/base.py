@@ -98,16 +98,15 @@ class Norm(nn.Module):
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         axes = "(N, C) or (N, C, *)" if self.channel_dim == 1 else "(N, C) or (N, *, C)"
-        seen = tuple(x.shape)
         if x.dim() < 2:
             raise ValueError(
-                f"{self}: expected input {axes}, got shape {seen}; add a batch axis with x[None]"
+                f"{self}: expected input {axes}, got shape {tuple(x.shape)}; add a batch axis with x[None]"
             )
         channels = x.size(self.channel_dim)
         if channels != self.num_features:
             raise ValueError(
                 f"{self}: expected {self.num_features} channels on axis {self.channel_dim} of {axes}, "
-                f"got {channels} in shape {seen}. Set num_features={channels}, or channel_dim="
+                f"got {channels} in shape {tuple(x.shape)}. Set num_features={channels}, or channel_dim="
                 f"{-self.channel_dim} if the channels are on the other axis"
             )
         if not x.is_floating_point():
@@ -116,6 +115,7 @@ class Norm(nn.Module):
             )
         if mask is None:
             return
+        seen = tuple(x.shape)
         expected = seen[:1] + seen[2:] if self.channel_dim == 1 else seen[:-1]
         if tuple(mask.shape) != expected:
             raise ValueError(

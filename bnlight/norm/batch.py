@@ -1,6 +1,5 @@
 """What the layers share whose statistics come from the batch: running averages, virtual and small batches."""
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -97,18 +96,18 @@ class BatchStatistics(Norm):
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
         if not self._uses_batch():
             return self._by_running_statistics(x)
-        groups, values = self._groups(len(x), math.prod(x.shape[2:]))
+        groups, values = self._groups(x)
         if values == 0:
             self._count_batch(1)
         if values == 0 or (values == 1 and valid is None):
             return self._by_running_statistics(x)
         return self._by_batch_statistics(x, valid, groups)
 
-    def step(self, x: Tensor, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weight and bias that follow the normalization of the K groups, `(K, C)` or, for K = 1, `(C,)`.
+    def step(self, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Move the running averages, in training, and return `core.normalize`'s correction for the K groups.
 
-        In training it also moves the running averages towards the groups' moments; `used`: which of them
-        count, None all.
+        The groups' moments, which of them count (`used`, None means all) and the correction are `(K, C)` or,
+        for K = 1, `(C,)`. Nothing here enters the gradient.
         """
         raise NotImplementedError
 
@@ -129,56 +128,67 @@ class BatchStatistics(Norm):
             return 1 / max(1, int(self.num_batches_tracked))
         return self.momentum or 0.0
 
-    def running_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Running mean and variance in the dtype of x's statistics, 0 and 1 where the layer has none."""
-        dtype = statistics_dtype(x.dtype)
-        if self.running_mean is None or self.running_var is None:
-            mean = torch.zeros(self.num_features, device=x.device, dtype=dtype)
+    def running_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance in the dtype of the statistics `like`, 0 and 1 where the layer has none."""
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            mean = torch.zeros(self.num_features, device=like.device, dtype=like.dtype)
             return mean, torch.ones_like(mean)
-        mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
-        # In training the averages move before the backward has read them.
-        return (snapshot(mean), snapshot(var)) if self.training else (mean, var)
+        if mean.dtype != like.dtype:
+            mean, var = mean.to(like.dtype), var.to(like.dtype)
+        if self.training and torch.compiler.is_compiling():
+            return snapshot(mean), snapshot(var)
+        return mean, var
 
     def _by_running_statistics(self, x: Tensor) -> Tensor:
         weight, bias = self.full_affine(x)
-        mean, var = self.running_statistics(x)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, self.eps)
+        mean, var = self.running_statistics(weight)
+        if self.training:  # the next batch may move the averages before this one's backward reads them
+            mean, var = mean.clone(), var.clone()
+        return torch.batch_norm(
+            x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled
+        )
 
     def _by_batch_statistics(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
         batches = VirtualBatches(x, valid, groups)
-        batch = batches.moments()
-        used = share = None
-        counted: Tensor | int = 1
-        if isinstance(batch.number, Tensor):  # Groups with one value or none take the running statistics.
-            used = batch.number > 1
-            share = torch.where(used, 1 / batch.number, 0)
-            counted = (batch.number != 1).any()
-            mean, var = self.running_statistics(x)
-            batch = Moments(
-                torch.where(used, batch.mean, mean), torch.where(used, batch.var, var), batch.number
-            )
-        self._count_batch(counted)
-        weight, bias = self.step(x, batch, used)
-        return batches.normalize(weight, bias, batch.mean, batch.var, self.eps, share)
+        with torch.no_grad():
+            batch = batches.moments()
+            used = share = None
+            counted: Tensor | int = 1
+            if isinstance(batch.number, Tensor):  # Groups with one value or none take the running statistics.
+                used = batch.number > 1
+                share = torch.where(used, 1 / batch.number, 0)
+                counted = (batch.number != 1).any()
+                mean, var = self.running_statistics(batch.mean)
+                batch = Moments(
+                    torch.where(used, batch.mean, mean), torch.where(used, batch.var, var), batch.number
+                )
+            self._count_batch(counted)
+            correction = self.step(batch, used)
+        return batches.normalize(*self.full_affine(x), batch, self.eps, correction, share)
 
     def _count_batch(self, number: Tensor | int) -> None:
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(number)
+        tracked = self.num_batches_tracked if self.training else None
+        if tracked is not None:
+            tracked.add_(number)
 
     def _uses_batch(self) -> bool:
         return self.training or not self.track_running_stats
 
-    def _groups(self, samples: int, positions: int) -> tuple[int, int]:
+    def _groups(self, x: Tensor) -> tuple[int, int]:
         """Number of virtual batches, and of values per channel in the smallest."""
-        groups = 1 if self.virtual_batch_size is None else max(1, samples // self.virtual_batch_size)
-        return groups, samples // groups * positions
+        values = x.numel() // self.num_features
+        if self.virtual_batch_size is None or values == 0:
+            return 1, values
+        samples = len(x)
+        groups = max(1, samples // self.virtual_batch_size)
+        return groups, samples // groups * (values // samples)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         super()._check(x, mask)
         if self.small_batch == "running" or not self._uses_batch():
             return
-        shape = x.shape[2:] if self.channel_dim == 1 or x.dim() == 2 else x.shape[1:-1]
-        groups, values = self._groups(len(x), math.prod(shape))
+        groups, values = self._groups(x)
         alone = values == 1
         if mask is not None and values > 0:
             valid = F.pad(mask.reshape(len(x), -1).sum(1), (0, -len(x) % groups)).view(-1, groups).sum(0)

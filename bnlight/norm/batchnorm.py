@@ -1,6 +1,6 @@
 """Batch normalization."""
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from bnlight.norm.batch import BatchStatistics
@@ -46,9 +46,11 @@ class BatchNorm(BatchStatistics):
             return super()._by_batch_statistics(x, valid, groups)
         self._count_batch(1)
         weight, bias = self.full_affine(x)
-        return F.batch_norm(x, mean, var, weight, bias, True, self.rate(), self.eps)
+        return torch.batch_norm(
+            x, weight, bias, mean, var, True, self.rate(), self.eps, torch.backends.cudnn.enabled
+        )
 
-    def step(self, x: Tensor, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
+    def step(self, batch: Moments, used: Tensor | None) -> None:
         if self.training and self.running_mean is not None and self.running_var is not None:
             if isinstance(batch.number, int):
                 bessel: Tensor | float = batch.number / (batch.number - 1)
@@ -56,5 +58,3 @@ class BatchNorm(BatchStatistics):
                 bessel = batch.number / (batch.number - 1).clamp(min=1)
             self.follow(self.running_mean, batch.mean, used)
             self.follow(self.running_var, batch.var * bessel, used)
-        weight, bias = self.full_affine(x)
-        return weight.expand_as(batch.mean), bias.expand_as(batch.mean)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-aten = torch.ops.aten
+_backward = torch.ops.aten.native_batch_norm_backward.default
 
 
 class Moments(NamedTuple):
@@ -56,12 +56,13 @@ _snapshot.register_fake(torch.empty_like)
 
 
 def snapshot(x: Tensor) -> Tensor:
-    """A copy of `x` that a later update in place does not reach, also in a compiled graph.
+    """A copy of `x` that a later update in place does not reach, for a compiled graph.
 
-    There a clone is not enough: the compiler may repeat it in the backward, after the update, and the
-    gradients are silently wrong. It never repeats an operation that it does not know.
+    Eager mode has its results before the update. A compiled graph may compute them again in the backward,
+    after it, and from a clone too: the gradients are silently wrong. It never repeats an operation that it
+    does not know.
     """
-    copy: Tensor = _snapshot(x) if torch.compiler.is_compiling() else x.clone()
+    copy: Tensor = _snapshot(x)
     return copy
 
 
@@ -92,27 +93,38 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     dtype = statistics_dtype(x.dtype)
     mean: Tensor
     var: Tensor
-    vectors = x.device.type == "cpu" and x.dtype == dtype and x.dim() > 2 and x.is_contiguous()
-    if vectors and not torch.compiler.is_compiling():  # a compiled graph cannot read values
+    if _sums_in_vectors(x, dtype):
         # torch's forward kernel sums planes value by value, its backward kernel in vectors: with x for the
         # gradient it returns sum((x - mean) * x), the centred sum of squares, in half the time.
         total = x.numel() // x.size(1)
         mean = _sum(x, dtype) / total
-        squares = aten.native_batch_norm_backward(
+        squares = _backward(
             x, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
         )[1]
-        var = (squares / total).clamp(min=0)
+        var = (squares / total).clamp_(min=0)
         # The rounding of the mean enters this sum times the mean itself, which must not be far from zero.
         if not bool((mean.square() > 16 * var).any()):
             return mean, var
     if x.device.type in ("cpu", "cuda"):
         # Without full-precision averages to update, the kernel would return bf16 statistics for bf16 input.
-        unused = torch.zeros(x.size(1), dtype=dtype, device=x.device)
-        mean, var = aten.batch_norm_update_stats(x, unused, unused.clone(), 0.0)
+        unused = [torch.empty(x.size(1), dtype=dtype, device=x.device) for _ in range(2)]
+        mean, var = torch.batch_norm_update_stats(x, *unused, 0.0)
         return mean, var
     axes = [axis for axis in range(x.dim()) if axis != 1]
     var, mean = torch.var_mean(x.to(dtype), axes, correction=0)
     return mean, var
+
+
+def _sums_in_vectors(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the way over the backward kernel is the faster one, and its guard can read values."""
+    return (
+        x.numel() > 20_000  # below, the forward kernel takes less time than the additional operations
+        and x.device.type == "cpu"
+        and x.dtype == dtype
+        and x.dim() > 2
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _Normalize(torch.autograd.Function):
@@ -127,33 +139,37 @@ class _Normalize(torch.autograd.Function):
         mean: Tensor,
         var: Tensor,
         eps: float,
+        r: Tensor | None,
+        d: Tensor | None,
         share: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, var, share)
+        if r is not None and d is not None:
+            # (xhat * r + d) * weight + bias = xhat * (weight * r) + (bias + weight * d): nothing per element.
+            weight, bias = weight * r, torch.addcmul(bias, weight, d)
+        ctx.save_for_backward(x, weight, mean, var, r, d, share)
         ctx.eps = eps
-        y: Tensor = aten.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
-        return y
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
 
     @staticmethod
     @once_differentiable  # differentiating this backward again would be silently wrong
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, share = ctx.saved_tensors
+        x, weight, mean, var, r, d, share = ctx.saved_tensors
         eps, dy = ctx.eps, keep_layout(dy, x)
-        invstd = (var + eps).rsqrt()
+        invstd = (var + eps).rsqrt_()
         if share is None:
-            needed = list(ctx.needs_input_grad[:3])
-            dx, dweight, dbias = aten.native_batch_norm_backward(
-                dy, x, weight, None, None, mean, invstd, True, eps, needed
-            )
+            needed = [ctx.needs_input_grad[0], True, True]
+            dx, dweight, dbias = _backward(dy, x, weight, None, None, mean, invstd, True, eps, needed)
         else:
-            dx, dweight, dbias = aten.native_batch_norm_backward(
+            dx, dweight, dbias = _backward(
                 dy, x, weight, mean, var, None, None, False, eps, [True, True, True]
             )
             # So far the statistics were constants. Each value also moves them, by its share:
             # dx -= weight / std * share * (xhat * dweight + dbias), again one elementwise pass.
             pull = -weight * invstd * share
-            dx += aten.native_batch_norm(x, pull * dweight, pull * dbias, mean, var, False, 0.0, eps)[0]
-        return dx, dweight, dbias, None, None, None, None
+            dx += torch.native_batch_norm(x, pull * dweight, pull * dbias, mean, var, False, 0.0, eps)[0]
+        if r is not None:
+            dweight = torch.addcmul(dbias * d, dweight, r)
+        return dx, dweight, dbias, None, None, None, None, None, None
 
 
 def normalize(
@@ -163,13 +179,17 @@ def normalize(
     mean: Tensor,
     var: Tensor,
     eps: float,
+    correction: tuple[Tensor, Tensor] | None = None,
     share: Tensor | None = None,
 ) -> Tensor:
-    """`(x - mean) / sqrt(var + eps) * weight + bias` per channel, where mean and var are statistics of `x`.
+    """`((x - mean) / sqrt(var + eps) * r + d) * weight + bias` per channel; mean and var are x's statistics.
 
-    The gradient of `x` includes its way through the statistics. `share` says how much each value counts in
-    them: `1 / number` where only that many values are valid, 0 where the statistics are constants, None when
-    every value counts. First order only. All per-channel tensors have the statistics' dtype.
+    `correction` is `(r, d)`, constants for the gradient; None means 1 and 0. The gradient of `x` includes its
+    way through the statistics. `share` says how much each value counts in them: `1 / number` where only that
+    many values are valid, 0 where the statistics are constants, None when every value counts. First order
+    only. All per-channel tensors have the statistics' dtype.
     """
-    y: Tensor = _Normalize.apply(x, weight, bias, mean, var, eps, share)  # type: ignore[no-untyped-call]
+    y: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, mean, var, eps, *(correction or (None, None)), share
+    )
     return y

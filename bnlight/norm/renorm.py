@@ -85,19 +85,17 @@ class BatchRenorm(BatchStatistics):
         self.register_buffer("r_max", torch.tensor(r_max, device=device, dtype=kind))
         self.register_buffer("d_max", torch.tensor(d_max, device=device, dtype=kind))
 
-    def step(self, x: Tensor, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        with torch.no_grad():
-            batch_std = (batch.var + self.eps).sqrt_()
-            mean, var = self.running_statistics(x)
-            std, r_max, d_max = (var + self.eps).sqrt_(), self.r_max.to(var.dtype), self.d_max.to(var.dtype)
-            r = (batch_std / std).clamp_(r_max.reciprocal(), r_max)
-            d = (batch.mean - mean).div_(std).clamp_(-d_max, d_max)
-            if self.training:
-                self.follow(self.running_mean, batch.mean, used)
-                self.follow(std, batch_std, used)
-                self.running_var.copy_(std.square_().sub_(self.eps).clamp_(min=0))
-        weight, bias = self.full_affine(x)
-        # ((xhat * r) + d) * weight + bias = xhat * (weight * r) + (bias + weight * d): nothing per element.
-        return weight * r, torch.addcmul(bias, weight, d)
+    def step(self, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
+        running_mean, running_var = self.running_mean, self.running_var
+        assert running_mean is not None
+        assert running_var is not None
+        r_max, d_max = self.r_max, self.d_max
+        mean, var = self.running_statistics(batch.mean)
+        batch_std, std = (batch.var + self.eps).sqrt_(), (var + self.eps).sqrt_()
+        r = (batch_std / std).clamp_(r_max.reciprocal(), r_max)
+        d = (batch.mean - mean).div_(std).clamp_(-d_max, d_max)
+        if self.training:
+            self.follow(running_mean, batch.mean, used)
+            self.follow(std, batch_std, used)
+            torch.clamp((std * std).sub_(self.eps), min=0, out=running_var)
+        return r, d

@@ -26,7 +26,7 @@ class SampleStatistics(Norm):
             mean, var, number = moments(values, valid.expand_as(x).reshape(values.shape))
             share = 1 / torch.as_tensor(number).clamp(min=1)
         ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
-        y = normalize(values, ones, zeros, mean, var, self.eps, share).view(x.shape)
+        y = normalize(values, ones, zeros, mean, var, self.eps, share=share).view(x.shape)
         weight, bias = self.full_affine(x)
         return keep_layout((y * per_channel(weight, x) + per_channel(bias, x)).to(x.dtype), x)
 

@@ -19,10 +19,10 @@ class VirtualBatches:
     """
 
     def __init__(self, x: Tensor, valid: Tensor | None, groups: int) -> None:
-        self.samples, self.groups = len(x), groups
-        if (short := -len(x) % groups) > 0:
+        self.samples, self.groups = x.size(0), groups
+        if (short := -self.samples % groups) > 0:
             if valid is None:
-                valid = torch.ones(len(x), *[1] * (x.dim() - 1), dtype=torch.bool, device=x.device)
+                valid = torch.ones(self.samples, *[1] * (x.dim() - 1), dtype=torch.bool, device=x.device)
             pad = [0, 0] * (x.dim() - 1) + [0, short]
             x, valid = F.pad(x, pad), F.pad(valid, pad)
         x = x if memory_layout(x) else x.contiguous()  # torch's kernels crawl over other strides
@@ -30,28 +30,46 @@ class VirtualBatches:
         self.pieces = self._split(x)
 
     def moments(self) -> Moments:
-        """Mean, biased variance and number of values of each group's channels; not differentiable."""
-        with torch.no_grad():
-            if self.valid is None:
-                parts = [moments(piece) for piece in self.pieces]
-            else:
-                valid = self._split(self.valid.expand(self.shape))
-                parts = [moments(piece, where) for piece, where in zip(self.pieces, valid, strict=True)]
-            means, variances, numbers = zip(*parts, strict=True)
-            number = numbers[0] if self.valid is None else self._stack(numbers)
-            return Moments(self._stack(means), self._stack(variances), number)
+        """Mean, biased variance and number of values of each group's channels; call it without gradients."""
+        if self.valid is None and self.groups == 1:
+            return moments(self.pieces[0])
+        if self.valid is None:
+            parts = [moments(piece) for piece in self.pieces]
+        else:
+            valid = self._split(self.valid.expand(self.shape))
+            parts = [moments(piece, where) for piece, where in zip(self.pieces, valid, strict=True)]
+        if self.groups == 1:
+            return parts[0]
+        means, variances, numbers = zip(*parts, strict=True)
+        number = numbers[0] if self.valid is None else self._stack(numbers)
+        return Moments(self._stack(means), self._stack(variances), number)
 
     def normalize(
-        self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, share: Tensor | None
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        batch: Moments,
+        eps: float,
+        correction: tuple[Tensor, Tensor] | None,
+        share: Tensor | None,
     ) -> Tensor:
-        """`core.normalize` in each group, back in the order and layout of the batch."""
-        weights, biases, means, variances = (self._unstack(t) for t in (weight, bias, mean, var))
-        shares = [None] * len(self.pieces) if share is None else self._unstack(share)
-        results = [
-            normalize(piece, w, b, m, v, eps, s)
-            for piece, w, b, m, v, s in zip(
-                self.pieces, weights, biases, means, variances, shares, strict=True
+        """`core.normalize` in each group, with weight and bias `(C,)`, in the order and layout of the batch."""
+        if self.groups == 1:
+            return normalize(self.pieces[0], weight, bias, batch.mean, batch.var, eps, correction, share)
+        per_group = (
+            [None] * len(self.pieces) if values is None else self._unstack(values)
+            for values in (
+                weight.expand_as(batch.mean),
+                bias.expand_as(batch.mean),
+                batch.mean,
+                batch.var,
+                *(correction or (None, None)),
+                share,
             )
+        )
+        results = [
+            normalize(piece, w, b, mean, var, eps, None if r is None else (r, d), s)
+            for piece, w, b, mean, var, r, d, s in zip(self.pieces, *per_group, strict=True)
         ]
         y = self._join(results)
         return y if len(y) == self.samples else y[: self.samples]
