@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument(
         "--target", type=float, default=0.9, help="accuracy whose first step is reported (default: 0.9)"
     )
+    commands.add_parser("bench", help="measure the layers against torch's (bench norm)", add_help=False)
+    if given[:1] == ["bench"]:
+        return _report(lambda: bench(given[1:]))
     if given[:1] == ["train"]:
         return _report(lambda: train(given[1:]))
     if given[:1] == ["sweep"]:
@@ -103,6 +106,16 @@ def run_sweep(arguments: list[str]) -> int:
         )
         return 2
     return train(rest, config_name=name)
+
+
+def bench(arguments: list[str]) -> int:
+    """`bnlight bench norm [options]`: how fast the layers are here, beside torch's."""
+    if arguments[:1] != ["norm"]:
+        print("usage: bnlight bench norm [options]; bnlight bench norm --help lists them", file=sys.stderr)
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    from bnlight.bench.norm import main as bench_norm
+
+    return bench_norm(arguments[1:])
 
 
 def print_comparison(directory: Path, target: float = 0.9) -> int:

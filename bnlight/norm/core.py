@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _backward = torch.ops.aten.native_batch_norm_backward.default
+_update_stats: Any = torch.batch_norm_update_stats  # its type stub lacks two arguments
 
 
 class Moments(NamedTuple):
@@ -108,7 +109,7 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type in ("cpu", "cuda"):
         # Without full-precision averages to update, the kernel would return bf16 statistics for bf16 input.
         unused = [torch.empty(x.size(1), dtype=dtype, device=x.device) for _ in range(2)]
-        mean, var = torch.batch_norm_update_stats(x, *unused, 0.0)
+        mean, var = _update_stats(x, *unused, 0.0)
         return mean, var
     axes = [axis for axis in range(x.dim()) if axis != 1]
     var, mean = torch.var_mean(x.to(dtype), axes, correction=0)

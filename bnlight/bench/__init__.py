@@ -1,0 +1,1 @@
+"""Benchmarks whose numbers are ratios: everything that is compared runs interleaved on one machine."""
