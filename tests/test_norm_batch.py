@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnlight.norm import BatchNorm
+from bnlight.norm import BatchNorm, BatchRenorm
 
 TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SHAPES = [(6, 4), (3, 4, 5), (3, 4, 5, 2), (2, 4, 3, 2, 2)]
@@ -132,3 +132,16 @@ def test_it_is_not_a_torch_batch_norm():
     layer = BatchNorm(3)
     assert not isinstance(layer, nn.modules.batchnorm._BatchNorm)
     assert nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer))[0] is layer
+
+
+@pytest.mark.parametrize("layer_type", [BatchNorm, BatchRenorm])
+def test_a_batch_normalized_by_running_statistics_keeps_its_gradient_when_the_next_batch_moves_them(
+    layer_type,
+):
+    layer = layer_type(3, small_batch="running", momentum=0.5)
+    x = torch.randn(1, 3, requires_grad=True)
+    y = layer(x)
+    expected = (layer.weight / (layer.running_var + layer.eps).sqrt()).detach().expand_as(x).clone()
+    layer(torch.randn(8, 3) * 9)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, expected)

@@ -129,3 +129,19 @@ def test_large_means_keep_their_variance(name, mean, channels_last, masked):
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 + 3e-6 * mean)
     for found, wanted in zip(layer.buffers(), exact.buffers(), strict=True):
         torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer_type", BATCH)
+@pytest.mark.parametrize(
+    ("module_dtype", "input_dtype"), [(torch.float32, torch.float64), (torch.float64, torch.float32)]
+)
+def test_float32_and_float64_mix_in_training_as_in_evaluation(layer_type, module_dtype, input_dtype):
+    layer, exact = layer_type(4, dtype=module_dtype), layer_type(4, dtype=torch.float64)
+    for _ in range(3):
+        x = torch.randn(8, 4, 3, 3, dtype=torch.float64) * 2 + 1
+        y = layer(x.to(input_dtype))
+        assert y.dtype == input_dtype
+        torch.testing.assert_close(y.double(), exact(x), rtol=1e-4, atol=1e-5)
+    for found, wanted in zip(layer.buffers(), exact.buffers(), strict=True):
+        assert found.dtype == (module_dtype if found.is_floating_point() else torch.long)
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-6)

@@ -97,5 +97,5 @@ class BatchRenorm(BatchStatistics):
         if self.training:
             self.follow(running_mean, batch.mean, used)
             self.follow(std, batch_std, used)
-            torch.clamp((std * std).sub_(self.eps), min=0, out=running_var)
+            running_var.copy_((std * std).sub_(self.eps).clamp_(min=0))
         return r, d
