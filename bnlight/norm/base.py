@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from bnlight.norm.core import statistics_dtype
+from bnlight.norm.core import converted, statistics_dtype
 
 Device = torch.device | str | int | None
 
@@ -92,8 +92,8 @@ class Norm(nn.Module):
         dtype, size = statistics_dtype(x.dtype), self.num_features
         weight, bias = self.weight, self.bias
         return (
-            torch.ones(size, device=x.device, dtype=dtype) if weight is None else weight.to(dtype),
-            torch.zeros(size, device=x.device, dtype=dtype) if bias is None else bias.to(dtype),
+            torch.ones(size, device=x.device, dtype=dtype) if weight is None else converted(weight, dtype),
+            torch.zeros(size, device=x.device, dtype=dtype) if bias is None else converted(bias, dtype),
         )
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:

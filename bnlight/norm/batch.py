@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnlight.norm.base import Device, Norm
-from bnlight.norm.core import Moments, snapshot, statistics_dtype
+from bnlight.norm.core import Moments, converted, snapshot, statistics_dtype
 from bnlight.norm.virtual import VirtualBatches
 
 SmallBatch = Literal["error", "running"]
@@ -115,7 +115,7 @@ class BatchStatistics(Norm):
         """Move a running average one step towards the mean of the groups' values, in place."""
         if used is None:
             target = values if values.dim() == 1 else values.mean(0)
-            average.lerp_(target.to(average.dtype), self.rate())
+            average.lerp_(converted(target, average.dtype), self.rate())
         else:
             values, used = values.view(-1, self.num_features), used.view(-1, self.num_features)
             groups = used.sum(0)
@@ -134,8 +134,7 @@ class BatchStatistics(Norm):
         if mean is None or var is None:
             mean = torch.zeros(self.num_features, device=like.device, dtype=like.dtype)
             return mean, torch.ones_like(mean)
-        if mean.dtype != like.dtype:
-            mean, var = mean.to(like.dtype), var.to(like.dtype)
+        mean, var = converted(mean, like.dtype), converted(var, like.dtype)
         if self.training and torch.compiler.is_compiling():
             return snapshot(mean), snapshot(var)
         return mean, var
