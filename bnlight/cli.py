@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,32 +57,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _report(lambda: print_comparison(options.directory, options.target))
 
 
-def train(arguments: list[str], config_name: str = "train") -> int:
+def train(arguments: list[str], config_name: str = "train", folder: Path | None = None) -> int:
     """`bnlight train`: Hydra's command line over the primary config, and the comparison if it was a sweep."""
-    from bnlight.run import sweep
-    from bnlight.run.application import CommandError, run_hydra
-    from bnlight.run.job import JobFailed
-    from bnlight.run.processes import this_rank
-
-    arguments = [RERUN.get(argument, argument) for argument in arguments]
-    failed = 0
+    typed = shlex.join(sys.argv[1:])
     try:
-        run_hydra(arguments, config_name)
-    except JobFailed:
-        failed = 1
-    except CommandError as error:
-        print(error, file=sys.stderr)
-        return 2
+        from bnlight.run import sweep
+        from bnlight.run.application import run_hydra
+        from bnlight.run.job import CommandError, JobFailed
+        from bnlight.run.processes import this_rank
+
+        sweep.current = None
+        failed = 0
+        try:
+            run_hydra([RERUN.get(argument, argument) for argument in arguments], config_name, folder)
+        except JobFailed:
+            failed = 1
+        except CommandError as error:
+            print(error, file=sys.stderr)
+            return 2
+        if sweep.current is not None and this_rank() == 0:
+            print()
+            print_comparison(sweep.current.directory)
+        return failed
     except KeyboardInterrupt:
-        print(
-            "\nStopped. The same command goes on where it stopped:\n  bnlight " + " ".join(sys.argv[1:]),
-            file=sys.stderr,
-        )
+        print(f"\nStopped. The same command goes on where it stopped:\n  bnlight {typed}", file=sys.stderr)
         return 130
-    if sweep.current is not None and this_rank() == 0:
-        print()
-        print_comparison(sweep.current.directory)
-    return failed
 
 
 def run_sweep(arguments: list[str]) -> int:
@@ -98,7 +98,10 @@ def run_sweep(arguments: list[str]) -> int:
     name, *rest = arguments
     file = Path(name) if name.endswith((".yaml", ".yml")) else Path("sweeps") / f"{name}.yaml"
     if file.is_file():
-        return train(["--config-dir", str(file.parent), *rest], config_name=file.stem)
+        if file.stem == "train":
+            print(f"{file}: a sweep cannot be called train, which is what it extends", file=sys.stderr)
+            return 2
+        return train(rest, config_name=file.stem, folder=file.parent)
     if name not in available_sweeps():
         print(
             f"There is no sweep '{name}'. Choose one of {', '.join(available_sweeps())}, or give a path.",

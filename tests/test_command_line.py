@@ -44,6 +44,7 @@ def test_importing_bnlight_loads_nothing_heavy() -> None:
         (["++sweep=norms"], ["adds a key that nothing reads", "scheduler"]),
         (["+foo.bar=1"], ["adds a key that nothing reads"]),
         (["norm=custom"], ["norm._target_ has no value", "norm._target_=..."]),
+        (["~norm"], ["the config has no norm; a job needs norm, model"]),
         (["-m", "norm=batch,grup"], ["Could not find 'norm/grup'"]),
         (["-m", "seed=1,2", "+modle=cnn"], ["Did you mean 'module'?"]),
     ],

@@ -87,7 +87,13 @@ def test_without_a_network_one_error_says_all_ways_to_get_the_files(tmp_path: Pa
     with pytest.raises(FileNotFoundError) as caught:
         data.prepare_data()
     message = str(caught.value)
-    for part in (str(tmp_path / "cifar10"), "cifar-10-python.tar.gz", "data.root", "data.url", "batches-bin"):
+    for part in (
+        str(tmp_path / "cifar10"),
+        "cifar-10-python.tar.gz",
+        "paths.data",
+        "data.url",
+        "batches-bin",
+    ):
         assert part in message
     with pytest.raises(FileNotFoundError, match=r"prepare_data\(\) has not been called"):
         data.setup()

@@ -84,6 +84,7 @@ def test_a_failing_rank_fails_its_job_alone_and_soon(project: Path, bnlight: Com
     assert states.keys() == {"failed", "done"}
     assert f"rank {rank} exited with 1" in states["failed"]["traceback"]
     assert f"RuntimeError: as asked on rank {rank}" in states["failed"]["traceback"]
+    assert states["failed"]["error"] == f"rank {rank}: RuntimeError: as asked on rank {rank}"
     assert f"as asked on rank {rank}" in done.stdout
     assert "failed" in done.stdout
     left = [
@@ -110,6 +111,45 @@ def test_ranks_die_with_a_killed_parent(project: Path) -> None:
     assert not alive
     (status,) = jobs(project).values()
     assert status["state"] == "interrupted"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_a_job_stops_its_ranks_in_order(project: Path, stop: signal.Signals) -> None:
+    command = [sys.executable, "-m", "bnlight", "train", *RANKS, "trainer.max_epochs=1000"]
+    process = subprocess.Popen(
+        command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(project.glob("outputs/train/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "bnlight train" in errors
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    (status,) = jobs(project).values()
+    assert status["state"] == "interrupted"
+    assert status["traceback"] is None
+
+
+def test_a_sweep_inside_torchrun_is_refused_in_words(project: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "bnlight", "train", "-m", *RANKS, "trainer.devices=2", "seed=1,2"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode != 0
+    assert "A sweep starts the ranks of each of its jobs itself" in done.stderr
+    assert not list(project.glob("**/status.json"))
+
+
+def test_ranks_leave_no_scratch_folders(project: Path, bnlight: Command) -> None:
+    (project / "tmp").mkdir()
+    assert bnlight("train", *RANKS, TMPDIR=str(project / "tmp")).returncode == 0
+    assert [
+        path.name for path in (project / "tmp").iterdir() if "elastic" in path.name or "ranks" in path.name
+    ] == []
 
 
 def test_ranks_that_torchrun_has_started_are_used_as_they_are(project: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 
 from bnlight.cli import main
 from bnlight.run.status import read_status
@@ -98,6 +99,58 @@ def test_the_comparison_is_rebuilt_from_a_folder_that_has_moved(ours: Path) -> N
     (moved / "results.csv").unlink()
     assert main(["compare", str(moved)]) == 0
     assert (moved / "results.csv").read_text() == before
+
+
+def test_a_users_sweep_comes_before_one_of_the_package(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "sweeps").mkdir()
+    (project / "sweeps" / "norms.yaml").write_text(SWEEP)
+    assert main(["sweep", "norms", "--cfg", "job"]) == 0
+    assert "bnlight.models.MLP" in capsys.readouterr().out
+    assert main(["sweep", "norms", "norm=batch", "seed=0", "+trainer.limit_train_batches=2"]) == 0
+    assert "1 jobs, 1 done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "said"),
+    [
+        (SWEEP + "modle: {width: 3}", [], "has a key 'modle' that nothing reads.\nDid you mean 'module'?"),
+        (SWEEP.replace("norm:", "+nrom:"), [], "adds a key that nothing reads.\nDid you mean 'norm'?"),
+        (SWEEP, ["model.widht=3"], "There is no key 'widht' in 'model'.\nDid you mean 'width'?"),
+        (SWEEP, ["nrom=a,b"], "There is no key 'nrom'.\nDid you mean 'norm'?"),
+        (SWEEP, ["+nrom=a,b"], "adds a key that nothing reads.\nDid you mean 'norm'?"),
+    ],
+)
+def test_a_misspelt_key_in_or_beside_a_sweep_file_is_refused(
+    project: Path, capsys: pytest.CaptureFixture[str], text: str, arguments: list[str], said: str
+) -> None:
+    (project / "sweeps").mkdir()
+    (project / "sweeps" / "ours.yaml").write_text(text)
+    assert main(["sweep", "ours", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not list(project.glob("**/status.json"))
+
+
+def test_a_single_job_after_a_sweep_in_one_process_is_a_single_job(ours: Path) -> None:
+    assert main(["sweep", "ours", "seed=0"]) == 0
+    assert main(["train", *SMALL]) == 0
+
+
+def test_progress_shows_epoch_and_metric_in_lines_and_in_a_bar(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bnlight.run.progress.SECONDS_TO_FIRST_LINE", 0.0)
+    main(["train", *SMALL, "trainer.max_epochs=3", "progress=plain"])
+    output = capsys.readouterr().out
+    assert "batch-mlp-digits-s0  epoch 1/3\n" in output
+    assert "batch-mlp-digits-s0  epoch 3/3 val 0." in output
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["train", *SMALL, "trainer.max_epochs=4", "progress=bar"])
+    assert "epoch 4/4 val 0." in capsys.readouterr().out
+    main(["train", *SMALL, "trainer.max_epochs=5", "progress=off"])
+    assert "epoch" not in capsys.readouterr().out
 
 
 def test_ctrl_c_stops_the_sweep_and_names_the_command_that_continues(

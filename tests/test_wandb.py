@@ -95,3 +95,16 @@ def test_credentials_are_found_without_the_network(project: Path, monkeypatch: p
     assert not logged_in()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert logged_in()
+
+
+def test_a_server_that_cannot_be_reached_costs_no_job(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    script = (
+        "import sys; from bnlight.cli import main; import bnlight.run.tracking as tracking\n"
+        "tracking.SECONDS_TO_CONNECT = 2.0\n"
+        f"sys.exit(main(['train', '-m', *{TRACKED!r}, 'seed=0,1']))"
+    )
+    environment = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, check=False, timeout=120)
+    assert done.returncode == 0
+    assert [len(directories) for directories in runs(project).values()] == [1, 1]

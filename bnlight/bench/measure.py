@@ -1,16 +1,16 @@
 """Measure steps against each other: interleaved times, peak memory, and the machine's copy bandwidth."""
 
 import os
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from bnlight.run.provenance import cpu_name
 
 Step = Callable[[], None]
 
@@ -22,10 +22,7 @@ def hardware(device: torch.device) -> str:
     """The GPU's name, or the processor's and its number of cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def interleaved(

@@ -71,6 +71,10 @@ def compare(directory: str | Path, *, target: float = 0.9, metric: str | None = 
     the metric asked for.
     """
     read = read_runs(directory)
+    if read.configs.empty:
+        raise ValueError(
+            f"no job in {directory} has a readable config.yaml: {'; '.join(read.notes) or 'nothing to compare'}"
+        )
     runs = derive(read.runs, read.history, target)
     if metric is not None and metric not in runs:
         names = sorted(str(name) for name in runs if "/" in str(name))

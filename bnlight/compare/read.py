@@ -187,7 +187,7 @@ def _row(folder: Path, config: dict[str, Any], notes: list[str]) -> dict[str, An
         "seconds": _number(result.get("seconds")),
         "steps": _number(result.get("steps")),
         "epochs": _number(result.get("epochs")),
-        "error": _last_line(status.get("traceback")),
+        "error": _first(status.get("error")) or _last_line(status.get("traceback")),
         "git": result.get("git"),
         "versions": _pairs(result.get("versions")),
         "hardware": _pairs(result.get("hardware")),
@@ -271,6 +271,11 @@ def _pairs(value: Any) -> str | None:
     if isinstance(value, dict):
         return ", ".join(f"{name} {item}" for name, item in value.items() if item not in (None, "", [], {}))
     return str(value) if value else None
+
+
+def _first(error: Any) -> str | None:
+    """The first line of an error, which names it; the rest is in the job's log."""
+    return next((line.strip() for line in str(error or "").splitlines() if line.strip()), None)
 
 
 def _last_line(traceback: Any) -> str | None:

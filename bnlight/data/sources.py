@@ -100,8 +100,8 @@ class FileData(TensorData):
         name = type(self).__name__
         ways = [
             f"put {', '.join(self.md5)} into {self.root / self.folders[0]}",
-            f"set data.root to the folder that holds {self.folders[0]}/",
-            f"set data.url to a mirror of {self.published}",
+            f"set root (on the command line: paths.data) to the folder that holds {self.folders[0]}/",
+            f"set url (data.url) to a mirror of {self.published}",
         ]
         if self.hint:
             ways.append(self.hint)

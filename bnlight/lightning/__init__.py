@@ -4,11 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnlight.lightning.checkpoint import Checkpoint as Checkpoint
     from bnlight.lightning.classifier import Classifier as Classifier
+    from bnlight.lightning.divergence import StopOnDivergence as StopOnDivergence
     from bnlight.lightning.timing import StepTimer as StepTimer
 
-_HOMES = {"Classifier": "classifier", "StepTimer": "timing"}
-__all__ = ["Classifier", "StepTimer"]
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "Classifier": "classifier",
+    "StepTimer": "timing",
+    "StopOnDivergence": "divergence",
+}
+__all__ = ["Checkpoint", "Classifier", "StepTimer", "StopOnDivergence"]
 
 
 def __getattr__(name: str) -> Any:

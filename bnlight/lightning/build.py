@@ -10,12 +10,23 @@ Config = Mapping[str, Any]
 
 
 def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
-    """The object that `config` names in `_target_`, its nested configs built first, lists and dicts left plain."""
+    """The object that `config` names in `_target_`, its nested configs built first, lists and dicts left plain.
+
+    Raises what the target raises, with a note that says which one.
+    """
     from hydra import utils
+    from hydra.errors import InstantiationException
 
     if whitelist := any_target():
         kwargs["_execution_whitelist_"] = whitelist
-    return utils.instantiate(dict(config), *args, _convert_="all", **kwargs)
+    try:
+        return utils.instantiate(dict(config), *args, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if cause is None:
+            raise
+        cause.add_note(f"(while building {config['_target_']} from the config)")
+        raise cause from None
 
 
 def any_target() -> Any:

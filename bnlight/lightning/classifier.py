@@ -75,7 +75,7 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         self._lr = self.trainer.optimizers[0].param_groups[0]["lr"]  # the one this step uses
-        logits = self(x)
+        logits = _full(self(x))
         loss = F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
         with torch.no_grad():
             hits = (logits.argmax(dim=1) == y).sum()
@@ -86,7 +86,7 @@ class Classifier(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step % every == 0 and step != self._logged_at:
+        if every and step % every == 0 and step != self._logged_at:
             self._log_window()
 
     def on_train_epoch_end(self) -> None:
@@ -97,6 +97,14 @@ class Classifier(pl.LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate("test", batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self._metric("val", "loss").set_dtype(
+            torch.float32
+        )  # precision="bf16-true" casts it with the weights
+
+    def on_test_epoch_start(self) -> None:
+        self._metric("test", "loss").set_dtype(torch.float32)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
@@ -125,7 +133,7 @@ class Classifier(pl.LightningModule):
     def _log_window(self) -> None:
         if not self._window:
             return
-        sums = torch.stack([value.float() for value in self._window])
+        sums = torch.stack([value.to(self._window[0].dtype) for value in self._window])
         self._window, self._logged_at = [], self.trainer.global_step
         loss, hits, count = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         metrics = {"train/loss": loss / count, "train/accuracy": hits / count, "train/lr": self._lr}
@@ -134,7 +142,7 @@ class Classifier(pl.LightningModule):
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
         x, y = batch
-        logits = self(x)
+        logits = _full(self(x))
         if len(y):  # a rank may have no sample left while the others still do
             self._metric(stage, "loss").update(F.cross_entropy(logits, y, reduction="none"))
             self._metric(stage, "accuracy").update(logits, y)
@@ -157,6 +165,11 @@ class Classifier(pl.LightningModule):
         """To the loggers, at the number of steps done (Lightning would write the last step's index)."""
         for logger in self.loggers:
             logger.log_metrics(metrics | {"epoch": self.current_epoch}, step=self.trainer.global_step)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits in at least float32: a loss of half-precision logits has three digits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _build(factory: Any, *args: Any) -> Any:

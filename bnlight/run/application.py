@@ -9,10 +9,10 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
@@ -21,36 +21,54 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bnlight.lightning.build import any_target
 from bnlight.run import identity, searchpath
-from bnlight.run.job import run_job
+from bnlight.run.job import CommandError, run_job
 
 # Hydra 1.3 warns without a version base, 1.4 with one.
 VERSION_BASE: Any = {} if any_target() else {"version_base": "1.3"}
 TRUST: Any = {"execution_whitelist": any_target()} if any_target() else {}
 
 
-class CommandError(Exception):
-    """The command line asks for something that does not exist; the text says what does."""
-
-
-def run_hydra(arguments: list[str], config_name: str) -> None:
+def run_hydra(arguments: list[str], config_name: str, folder: Path | None = None) -> None:
     """Run Hydra's application on `arguments`, a single job or a sweep.
 
-    Raises CommandError for keys and options that do not exist, and what the jobs raise.
+    The primary config is `config_name` in `folder`, or in the package; `--config-dir` and `--config-name` among
+    the arguments win. Raises CommandError for keys and options that do not exist, and what the jobs raise.
     """
     identity.register()
     searchpath.register()
+    named, arguments = _take(arguments, "--config-name", "-cn")
+    where, arguments = _take(arguments, "--config-dir", "-cd")
+    primary = Primary(named or config_name, Path(where) if where else folder)
     overrides = _overrides(arguments)
-    name = _option(arguments, "--config-name", "-cn") or config_name
-    directory = _option(arguments, "--config-dir", "-cd")
-    _refuse_new_top_level_keys(overrides, name, directory)
-    application = hydra.main(
-        config_path="pkg://bnlight.conf", config_name=config_name, **VERSION_BASE, **TRUST
-    )(run_job)
-    with _hydra_raises(), _argv(["bnlight", *arguments]):
-        try:
+    try:
+        _refuse_new_top_level_keys(overrides, primary)
+        application = hydra.main(config_path=primary.path, config_name=primary.name, **VERSION_BASE, **TRUST)(
+            run_job
+        )
+        with _hydra_raises(), _argv(["bnlight", *arguments]):
             application()
-        except (HydraException, OmegaConfBaseException) as error:
-            raise CommandError(_explain(error, overrides, name, directory)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise CommandError(_explain(error, overrides, primary)) from error
+
+
+class Primary(NamedTuple):
+    """The primary config: its name, and the user's folder that comes before the package (None: the package)."""
+
+    name: str
+    folder: Path | None
+
+    @property
+    def path(self) -> str:
+        return str(self.folder.absolute()) if self.folder else "pkg://bnlight.conf"
+
+    def compose(self, overrides: list[str], **options: bool) -> DictConfig:
+        """The config as one job would have it."""
+        if self.folder is None:
+            start: Any = initialize_config_module("bnlight.conf", **VERSION_BASE)
+        else:
+            start = initialize_config_dir(self.path, **VERSION_BASE)
+        with start:
+            return compose(self.name, overrides, **options)
 
 
 def available_sweeps() -> list[str]:
@@ -84,12 +102,14 @@ def _argv(arguments: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _option(arguments: list[str], *names: str) -> str | None:
+def _take(arguments: list[str], *names: str) -> tuple[str | None, list[str]]:
+    """The value of an option, `--name value` or `--name=value`, and the arguments without it."""
     for index, argument in enumerate(arguments):
-        key, _, value = argument.partition("=")
+        key, equals, value = argument.partition("=")
         if key in names:
-            return value or (arguments[index + 1] if index + 1 < len(arguments) else None)
-    return None
+            rest = index + (1 if equals else 2)
+            return value or " ".join(arguments[index + 1 : rest]), arguments[:index] + arguments[rest:]
+    return None, arguments
 
 
 def _overrides(arguments: list[str]) -> list[Override]:
@@ -104,28 +124,31 @@ def _overrides(arguments: list[str]) -> list[Override]:
     return parsed
 
 
-def _composed(name: str, directory: str | None, overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    with initialize_config_module("bnlight.conf", **VERSION_BASE):
-        extra = [f"hydra.searchpath=[file://{Path(directory).absolute()}]"] if directory else []
-        return compose(name, [*extra, *overrides], return_hydra_config=with_hydra)
-
-
-def _refuse_new_top_level_keys(overrides: list[Override], name: str, directory: str | None) -> None:
-    """`+nrom=group` would silently become a plain value that nothing reads."""
+def _refuse_new_top_level_keys(overrides: list[Override], primary: Primary) -> None:
+    """`+nrom=group`, or `nrom:` in a sweep file, would silently become a plain value that nothing reads."""
     added = [override for override in overrides if override.is_add() or override.is_force_add()]
-    if not added:
+    if not added and primary == ("train", None):
         return
-    known = {str(key) for key in _composed(name, directory, [])}
-    for override in added:
-        key = override.key_or_group
-        top = key.split(".", 1)[0].split("/", 1)[0]
+    known = {str(key) for key in Primary("train", None).compose([])}
+    config = primary.compose([], return_hydra_config=True)
+    for key in {str(key) for key in config} - known - {"hydra"}:
+        raise CommandError(
+            f"{primary.name}.yaml has a key '{key}' that nothing reads.\n{_choices(key, known)}"
+        )
+    params = config.hydra.sweeper.get("params") or {}
+    swept = _overrides([f"{key}={value}" for key, value in params.items()])
+    for override in [
+        *added,
+        *(override for override in swept if override.is_add() or override.is_force_add()),
+    ]:
+        top = override.key_or_group.split(".", 1)[0].split("/", 1)[0]
         if top not in known and top != "hydra":
             raise CommandError(
                 f"'{override.input_line}' adds a key that nothing reads.\n{_choices(top, known)}"
             )
 
 
-def _explain(error: Exception, overrides: list[Override], name: str, directory: str | None) -> str:
+def _explain(error: Exception, overrides: list[Override], primary: Primary) -> str:
     """Hydra's error, or for a key that does not exist the keys that do."""
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None and str(part))
     missing = re.search(r"Missing mandatory value.*?full_key: (\S+)", text, re.DOTALL)
@@ -141,7 +164,7 @@ def _explain(error: Exception, overrides: list[Override], name: str, directory: 
         if o.input_line and "." not in o.key_or_group and o.key_or_group != key.group(2)
     ]
     try:
-        config = _composed(name, directory, [line for line in kept if "," not in line])
+        config = primary.compose([line for line in kept if "," not in line])
     except (HydraException, OmegaConfBaseException):
         return text
     parent = OmegaConf.select(config, ".".join(path[:-1])) if len(path) > 1 else config

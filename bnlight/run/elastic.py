@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -25,32 +27,43 @@ def main() -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the status says it better
     os.environ.update(parenthood())
     directory, processes, *label = sys.argv[1:]
+    with tempfile.TemporaryDirectory(prefix="bnlight-ranks-") as scratch:
+        return _launch(Path(directory), int(processes), label, scratch)
+
+
+def _launch(directory: Path, processes: int, label: list[str], scratch: str) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=int(processes),
+        nproc_per_node=processes,
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=scratch),  # where a failed rank leaves its traceback
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "bnlight.run.rank", directory, *label)
+        elastic_launch(config, sys.executable)("-m", "bnlight.run.rank", str(directory), *label)
     except ChildFailedError as error:
-        update_status(Path(directory), traceback=_first_failure(error))
+        what, trace = _first_failure(error)
+        update_status(directory, error=what, traceback=trace)
         return 1
+    except SignalException as stop:  # the job's owner stops it
+        return 128 + stop.sigval
     return 0
 
 
-def _first_failure(error: ChildFailedError) -> str:
+def _first_failure(error: ChildFailedError) -> tuple[str, str]:
+    """What went wrong in words, and the traceback of the rank that failed first."""
     rank, failure = error.get_first_failure()
     message = failure.error_file_data.get("message", {})
     trace = message.get("extraInfo", {}).get("py_callstack") if isinstance(message, dict) else None
     how = (
         f"ended by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
     )
-    return f"rank {rank} {how}\n{trace or failure.message}"
+    what = message.get("message", failure.message) if isinstance(message, dict) else failure.message
+    return f"rank {rank}: {what}", f"rank {rank} {how}\n{trace or failure.message}"
 
 
 if __name__ == "__main__":

@@ -30,8 +30,32 @@ from bnlight.run.status import (
 FINISHED = ("done", "diverged")
 
 
+NEEDED = (
+    "norm",
+    "model",
+    "module",
+    "data",
+    "optimizer",
+    "scheduler",
+    "trainer",
+    "callbacks",
+    "logger",
+    "seed",
+)
+RERUN = (None, "failed", "all")
+STYLES = ("auto", "bar", "plain", "off")  # of progress
+
+
 class JobFailed(RuntimeError):
     """A job failed; its directory holds the traceback."""
+
+
+class OwnershipError(ValueError):
+    """The directory of a job holds something else."""
+
+
+class CommandError(ValueError):
+    """The command asks for something that does not exist; the text says what does."""
 
 
 def run_job(config: DictConfig) -> float | None:
@@ -40,6 +64,7 @@ def run_job(config: DictConfig) -> float | None:
     Raises JobFailed after the failure was recorded in the job's directory.
     """
     hydra: Any = HydraConfig.get()
+    check_command(config, hydra)
     directory = Path(hydra.runtime.output_dir)
     label = sweep.current.label(hydra.job.num) if sweep.current else ""
     resolved = resolve(config, hydra)
@@ -52,6 +77,9 @@ def run_job(config: DictConfig) -> float | None:
         except JobBusy as busy:
             print(f"{label} {directory.name}: skipped, {busy}".strip(), flush=True)
             return None
+        except OwnershipError as error:
+            print(f"{label} {directory.name}: failed: {error}".strip(), flush=True)
+            raise JobFailed(directory.name) from error
     score = read_json(directory / "result.json").get("metrics", {}).get("val/accuracy")
     return None if score is None else float(score)
 
@@ -72,6 +100,30 @@ def resolve(config: DictConfig, hydra: Any) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+def check_command(config: DictConfig, hydra: Any) -> None:
+    """Refuse, before any directory is touched, what is wrong with the command and not with the job."""
+    absent = [key for key in NEEDED if key not in config]
+    if absent:
+        raise CommandError(f"the config has no {', '.join(absent)}; a job needs {', '.join(NEEDED)}")
+    if config.rerun not in RERUN:
+        raise CommandError(f"rerun={config.rerun} is unknown; choose one of null, failed, all")
+    if config.progress not in STYLES:
+        raise CommandError(f"progress={config.progress} is unknown; choose one of {', '.join(STYLES)}")
+    if already_started() and hydra.mode.name == "MULTIRUN":
+        raise CommandError(
+            "A sweep starts the ranks of each of its jobs itself: run it without torchrun or srun (one process), "
+            "with trainer=ddp and trainer.devices=... for several ranks per job"
+        )
+
+
+def _described(error: BaseException) -> tuple[str, str]:
+    """What went wrong in words, and the traceback."""
+    if isinstance(error, RankFailed):
+        return error.what, str(error)
+    what = "".join(traceback.format_exception_only(error)).strip()
+    return what, "".join(traceback.format_exception(error))
+
+
 def _lead(config: dict[str, Any], directory: Path, label: str) -> None:
     """Decide whether the job is to run, run it, and record how it ended."""
     title = f"{label} {directory.name}".strip()
@@ -81,7 +133,7 @@ def _lead(config: dict[str, Any], directory: Path, label: str) -> None:
         print(f"{title}: {state} before, skipped", flush=True)
         return
     if state == "failed" and config["rerun"] is None:
-        reason = str(status.get("traceback") or "").strip().rsplit("\n", 1)[-1]
+        reason = (status.get("error") or "for an unknown reason").splitlines()[0]
         print(f"{title}: failed before ({reason}); --retry-failed runs it again", flush=True)
         raise JobFailed(directory.name)
     if config["rerun"] == "all":
@@ -91,6 +143,7 @@ def _lead(config: dict[str, Any], directory: Path, label: str) -> None:
         "state": "running",
         "attempt": status.get("attempt", 0) + 1,
         "wandb_id": status.get("wandb_id") or secrets.token_hex(4),
+        "error": None,
         "traceback": None,
         **this_process(),
     }
@@ -104,19 +157,20 @@ def _lead(config: dict[str, Any], directory: Path, label: str) -> None:
         update_status(directory, state="interrupted")
         raise
     except BaseException as error:
-        trace = str(error) if isinstance(error, RankFailed) else traceback.format_exc()
-        update_status(directory, state="failed", traceback=trace)
+        what, trace = _described(error)
+        update_status(directory, state="failed", error=what, traceback=trace)
         _append(directory / "job.log", trace)
-        last = trace.strip().rsplit("\n", 1)[-1]
-        print(f"{title}: failed: {last}\n    see {directory / 'job.log'}", flush=True)
+        print(f"{title}: failed: {what}\n    see {directory / 'job.log'}", flush=True)
         if not isinstance(error, Exception):
             raise
         raise JobFailed(directory.name) from None
-    update_status(directory, state="done")
+    diverged = read_json(directory / "result.json").get("diverged")
+    update_status(directory, state="diverged" if diverged else "done", error=diverged)
     seconds = time.perf_counter() - begun
     if sweep.current is not None:
         sweep.current.seconds.append(seconds)
-    print(f"{title}: done in {sweep.duration(seconds)}{_scores(directory)}", flush=True)
+    ended = f"diverged ({diverged}) after" if diverged else "done in"
+    print(f"{title}: {ended} {sweep.duration(seconds)}{_scores(directory)}", flush=True)
 
 
 def _follow(config: dict[str, Any], directory: Path) -> None:
@@ -151,17 +205,20 @@ def _train_here(config: dict[str, Any], directory: Path, label: str) -> None:
 
 
 def _expect_same_job(config: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """The job's status; raises if the directory belongs to another config."""
+    """The job's status; raises OwnershipError if the directory belongs to another config or cannot be read."""
     path = directory / "config.yaml"
     if path.exists():
         owner = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("job", {}).get("identity")
         if owner != config["job"]["identity"]:
-            raise ValueError(
+            raise OwnershipError(
                 f"{directory} holds a job with another config (identity {str(owner)[:8]}, this one is "
                 f"{config['job']['identity'][:8]}): different jobs never share a directory; let "
                 "hydra.sweep.subdir and hydra.run.dir end in ${bnlight.job:}, as they do by default"
             )
-    status = read_json(directory / "status.json")
+    try:
+        status = read_json(directory / "status.json")
+    except ValueError as error:
+        raise OwnershipError(str(error)) from error
     if status.get("state") == "running":  # this process holds the lock, so that owner is gone
         status["state"] = "interrupted"
     return status

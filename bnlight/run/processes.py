@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ SECONDS_TO_STOP = 45.0  # torch's launcher gives its ranks 30 s between SIGTERM 
 
 
 class RankFailed(RuntimeError):
-    """A rank of a job with several processes failed; the text is that rank's traceback."""
+    """A rank of a job with several processes failed; the text is that rank's traceback, `what` its error."""
+
+    def __init__(self, traceback: str, what: str | None = None) -> None:
+        super().__init__(traceback)
+        self.what = what or traceback
 
 
 def die_with_parent() -> None:
@@ -40,7 +46,9 @@ def parenthood() -> dict[str, str]:
 
 def already_started() -> bool:
     """Whether somebody else (torchrun, srun) has started the ranks, and this process is one of them."""
-    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return True
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return True
     interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not interactive
@@ -77,14 +85,17 @@ def launch(directory: Path, processes: int, label: str) -> None:
     Raises RankFailed, with the traceback of the rank that failed first.
     """
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # In a session of its own, so that Ctrl-C reaches the ranks once: from here.
     agent = subprocess.Popen(
         [sys.executable, "-m", "bnlight.run.elastic", str(directory), str(processes), label],
         env=os.environ | parenthood() | {"OMP_NUM_THREADS": threads},
+        start_new_session=True,
     )
     try:
-        code = agent.wait()
+        with _sigterm_interrupts():
+            code = agent.wait()
     except BaseException:
-        agent.terminate()
+        agent.send_signal(signal.SIGINT)
         try:
             agent.wait(SECONDS_TO_STOP)
         except subprocess.TimeoutExpired:
@@ -94,6 +105,22 @@ def launch(directory: Path, processes: int, label: str) -> None:
     if code < 0:
         raise RankFailed(f"the launcher of the ranks was ended by {signal.Signals(-code).name}")
     if code > 0:
-        raise RankFailed(
-            read_json(directory / "status.json").get("traceback") or f"the ranks exited with {code}"
-        )
+        status = read_json(directory / "status.json")
+        raise RankFailed(status.get("traceback") or f"the ranks exited with {code}", status.get("error"))
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Have SIGTERM stop this process as Ctrl-C does; only a main thread can ask for it."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

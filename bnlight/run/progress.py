@@ -158,6 +158,4 @@ def progress_display(style: str, label: str, name: str) -> list[pl.Callback]:
         "plain": [ProgressLines],
         "off": [],
     }
-    if style not in displays:
-        raise ValueError(f"progress={style} is unknown; choose one of auto, {', '.join(displays)}")
     return [display(title) for display in displays[style]]

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import functools
-import importlib.metadata
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +14,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import complete, instantiate, model_config
+from bnlight.lightning.divergence import StopOnDivergence
 from bnlight.lightning.timing import StepTimer
 from bnlight.run.metrics import MetricsFile
 from bnlight.run.processes import this_rank
 from bnlight.run.progress import Heartbeat, progress_display
+from bnlight.run.provenance import cpu_name, git_commit, versions
 from bnlight.run.status import read_json, write_json
 
 
@@ -49,13 +45,12 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     try:
         trainer = build_trainer(config, directory, loggers, label)
         _fit(trainer, module, data, str(last) if last.exists() else None)
-        fitted = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        tested = _test(trainer, module, data)
+        metrics = _metrics(trainer)
+        diverged = next((c.reason for c in trainer.callbacks if isinstance(c, StopOnDivergence)), None)  # type: ignore[attr-defined]
+        if diverged is None:
+            metrics |= _test(trainer, module, data)
         if trainer.is_global_zero:
-            metrics = (
-                fitted | _best_validation(directory / "metrics.csv", trainer.checkpoint_callback) | tested
-            )
-            _write_result(directory, config, trainer, metrics, time.time() - begun)
+            _write_result(directory, config, trainer, metrics, diverged, time.time() - begun)
         exit_code = 0
     finally:
         if tracker is not None:
@@ -81,12 +76,11 @@ def build_trainer(
     config: Mapping[str, Any], directory: Path, loggers: list[Any], label: str = ""
 ) -> pl.Trainer:
     """The Trainer of the config, with the job's callbacks; what is shown and measured is bnlight's own."""
+    folder = str(directory / "checkpoints")
     callbacks = [
-        instantiate(
-            callback, **({"dirpath": str(directory / "checkpoints")} if "ModelCheckpoint" in target else {})
-        )
+        instantiate(complete(callback, dirpath=folder))
         for callback in config["callbacks"].values()
-        if callback and (target := callback["_target_"])
+        if callback
     ]
     callbacks += [
         StepTimer(),
@@ -97,6 +91,7 @@ def build_trainer(
         config["trainer"],
         callbacks=callbacks,
         logger=loggers,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         default_root_dir=str(directory),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -115,32 +110,34 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any, checkpoint:
 
 
 def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:
+    """The test metrics, and the validation metrics of the checkpoint that was tested."""
     if not is_overridden("test_step", module) or not is_overridden("test_dataloader", data):
         return {}
     kept = trainer.checkpoint_callback
     best = kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
     trainer.test(module, datamodule=data, ckpt_path=best or None, verbose=False)
+    tested = _metrics(trainer)
+    then = torch.load(best, map_location="cpu", weights_only=True).get("metrics", {}) if best else {}
+    return {name: value for name, value in then.items() if name.startswith("val/")} | tested
+
+
+def _metrics(trainer: pl.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def _best_validation(path: Path, kept: Any) -> dict[str, float]:
-    """The validation metrics of the checkpoint that was tested."""
-    if not isinstance(kept, ModelCheckpoint) or kept.best_model_score is None or kept.monitor is None:
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get(kept.monitor)]
-    sign = 1 if kept.mode == "max" else -1
-    best = max(rows, key=lambda row: sign * float(row[kept.monitor or ""]), default={})
-    return {name: float(value) for name, value in best.items() if name.startswith("val/") and value}
-
-
 def _write_result(
-    directory: Path, config: Mapping[str, Any], trainer: pl.Trainer, metrics: dict[str, float], seconds: float
+    directory: Path,
+    config: Mapping[str, Any],
+    trainer: pl.Trainer,
+    metrics: dict[str, float],
+    diverged: str | None,
+    seconds: float,
 ) -> None:
     device = trainer.strategy.root_device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     result = {
         "metrics": metrics,
+        "diverged": diverged,
         "world_size": trainer.world_size,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
@@ -156,32 +153,3 @@ def _write_result(
         },
     }
     write_json(directory / "result.json", result)
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """The commit of the working directory, with `-dirty` when files differ from it; None outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-@functools.cache
-def cpu_name() -> str:
-    """The processor's model, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """The versions of Python and of what a result depends on."""
-    packages = ("bnlight", "torch", "pytorch-lightning", "torchmetrics", "hydra-core", "wandb")
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in packages
-    }

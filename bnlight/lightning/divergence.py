@@ -1,0 +1,39 @@
+"""Stops a training whose loss is no longer a number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+class StopOnDivergence(pl.Callback):
+    """Stops when a logged metric named `.../loss` is NaN or infinite, and keeps the reason.
+
+    A diverged job is a result of its setting, not a failure: its state is `diverged`, and a rerun skips it. Only
+    metrics that are the same on all ranks are looked at, so all stop at the same step. `train/loss` is looked at
+    whenever `Trainer(log_every_n_steps)` has passed, `val/loss` after each validation.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            self._check(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check(trainer)
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        for name, value in trainer.callback_metrics.items():
+            if self.reason is None and name.endswith("/loss") and not math.isfinite(float(value)):
+                self.reason = f"{name} is {float(value)} at step {trainer.global_step}"
+                trainer.should_stop = True
