@@ -198,9 +198,10 @@ def _train(config: dict[str, Any], directory: Path, label: str) -> None:
 
 def _train_here(config: dict[str, Any], directory: Path, label: str) -> None:
     from bnlight.run.isolation import isolated, log_to
-    from bnlight.run.train import train
 
     with isolated(), log_to(directory / "job.log", rank=this_rank() if already_started() else 0):
+        from bnlight.run.train import train  # here, as Lightning's import writes into the environment
+
         train(config, directory, label)
 
 
