@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from bnlight.run.status import this_process, update_status
 
 SECONDS_BETWEEN_BEATS = 15.0
+SECONDS_BETWEEN_REFRESHES = 0.2
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 2.0, 60.0
 
 
@@ -109,6 +110,7 @@ class ProgressBar(_Display):
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
             transient=True,
+            auto_refresh=False,  # a thread that draws would take its share of a small model's time
         )
         self._bar.start()
         self._task = self._bar.add_task(self._text(trainer), total=self._total(trainer))
@@ -116,8 +118,9 @@ class ProgressBar(_Display):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is not None and self._due(0.1):
-            self._bar.update(self._task, completed=self._done(trainer), description=self._text(trainer))
+        if self._bar is not None and self._due(SECONDS_BETWEEN_REFRESHES):
+            done, text = self._done(trainer), self._text(trainer)
+            self._bar.update(self._task, completed=done, description=text, refresh=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
