@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 RERUN = {"--retry-failed": "rerun=failed", "--force": "rerun=all"}
@@ -23,65 +24,63 @@ Which normalization should your network use, at your batch size, on your GPUs?
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a job failed, 2 the command was wrong, 130 Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
+    own = {"train": train, "sweep": run_sweep, "bench": bench}  # they read their arguments themselves
+    try:
+        if given and given[0] in own:
+            return own[given[0]](given[1:])
+        parser = command_line()
+        options = parser.parse_args(given)
+        if options.version:
+            print(f"bnlight {importlib.metadata.version('bnlight')}")
+            return 0
+        if options.command == "compare":
+            return print_comparison(options.directory, options.target)
+        parser.print_help()
+        return 2
+    except KeyboardInterrupt:
+        command = shlex.join(["bnlight", *given])
+        print(f"\nStopped. The same command goes on where it stopped:\n  {command}", file=sys.stderr)
+        return 130
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The parser of what comes before a command's own arguments."""
     parser = argparse.ArgumentParser(
         prog="bnlight", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="store_true", help="show the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser(
-        "train", help="train one job, or several with -m (Hydra's command line)", add_help=False
-    )
-    sweep = commands.add_parser("sweep", help="run a sweep file, then compare its jobs", add_help=False)
-    sweep.add_argument("name", nargs="?", help="a file of sweeps/ (without .yaml), or a path to one")
+    commands.add_parser("train", help="train one job, or several with -m (Hydra's command line)")
+    commands.add_parser("sweep", help="run a sweep file, then compare its jobs")
+    commands.add_parser("bench", help="measure the layers against torch's (bench norm)")
     compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
     compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
-    compare.add_argument(
-        "--target", type=float, default=0.9, help="accuracy whose first step is reported (default: 0.9)"
-    )
-    commands.add_parser("bench", help="measure the layers against torch's (bench norm)", add_help=False)
-    if given[:1] == ["bench"]:
-        return _report(lambda: bench(given[1:]))
-    if given[:1] == ["train"]:
-        return _report(lambda: train(given[1:]))
-    if given[:1] == ["sweep"]:
-        return _report(lambda: run_sweep(given[1:]))
-    options = parser.parse_args(given)
-    if options.version:
-        import importlib.metadata
-
-        print(f"bnlight {importlib.metadata.version('bnlight')}")
-        return 0
-    if options.command is None:
-        parser.print_help()
-        return 2
-    return _report(lambda: print_comparison(options.directory, options.target))
+    target = "accuracy whose first step is reported (default: 0.9)"
+    compare.add_argument("--target", type=float, default=0.9, help=target)
+    return parser
 
 
 def train(arguments: list[str], config_name: str = "train", folder: Path | None = None) -> int:
     """`bnlight train`: Hydra's command line over the primary config, and the comparison if it was a sweep."""
-    typed = shlex.join(sys.argv[1:])
-    try:
-        from bnlight.run import sweep
-        from bnlight.run.application import run_hydra
-        from bnlight.run.job import CommandError, JobFailed
-        from bnlight.run.processes import this_rank
+    from bnlight.run import sweep
+    from bnlight.run.application import run_hydra
+    from bnlight.run.job import CommandError, JobFailed
+    from bnlight.run.processes import this_rank
 
-        sweep.current = None
-        failed = 0
-        try:
-            run_hydra([RERUN.get(argument, argument) for argument in arguments], config_name, folder)
-        except JobFailed:
-            failed = 1
-        except CommandError as error:
-            print(error, file=sys.stderr)
-            return 2
-        if sweep.current is not None and this_rank() == 0:
-            print()
-            print_comparison(sweep.current.directory)
-        return failed
-    except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on where it stopped:\n  bnlight {typed}", file=sys.stderr)
-        return 130
+    sweep.current = None
+    failed = 0
+    try:
+        run_hydra([RERUN.get(argument, argument) for argument in arguments], config_name, folder)
+    except JobFailed:
+        failed = 1
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if sweep.current is not None and this_rank() == 0:
+        print()
+        print_comparison(sweep.current.directory)
+    return failed
 
 
 def run_sweep(arguments: list[str]) -> int:
@@ -131,8 +130,3 @@ def print_comparison(directory: Path, target: float = 0.9) -> int:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def _report(action: Callable[[], int]) -> int:
-    sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
-    return action()

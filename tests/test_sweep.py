@@ -64,6 +64,13 @@ def test_a_users_own_sweep_file_runs_and_ends_with_the_comparison(
     assert capsys.readouterr().out.count("done before, skipped") == 4
 
 
+def test_the_plain_hydra_form_of_a_sweep_does_the_same(ours: Path) -> None:
+    hydra = ["--config-dir", "sweeps", "--config-name", "ours", "-m", "norm=batch,group", "seed=0"]
+    assert main(["train", *hydra]) == 0
+    assert len(list(ours.glob("*/result.json"))) == 2
+    assert (ours / "comparison.html").exists()
+
+
 def test_overrides_widen_a_sweep_and_finished_jobs_stay(
     ours: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
