@@ -153,6 +153,7 @@ def test_progress_shows_epoch_and_metric_in_lines_and_in_a_bar(
     assert "batch-mlp-digits-s0  epoch 1/3\n" in output
     assert "batch-mlp-digits-s0  epoch 3/3 val 0." in output
     monkeypatch.setattr("bnlight.run.progress.SECONDS_BETWEEN_REFRESHES", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     main(["train", *SMALL, "trainer.max_epochs=4", "progress=bar"])
