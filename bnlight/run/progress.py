@@ -19,7 +19,22 @@ SECONDS_BETWEEN_REFRESHES = 0.2
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 2.0, 60.0
 
 
-class Heartbeat(pl.Callback):
+class _Ends(pl.Callback):
+    """Ends what it has begun when training ends, also by an exception."""
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._end()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """Nothing to end."""
+
+
+class Heartbeat(_Ends):
     """Writes on rank 0 that the job lives, and where it is, every few seconds and after each validation."""
 
     def __init__(self, directory: Path) -> None:
@@ -43,14 +58,6 @@ class Heartbeat(pl.Callback):
                 metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
             )
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._end()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self._end()
-
     def _end(self) -> None:
         if self._thread is not None:
             self._stop.set()
@@ -66,7 +73,7 @@ class Heartbeat(pl.Callback):
             update_status(self.directory, heartbeat=this_process()["heartbeat"], **fields)
 
 
-class _Display(pl.Callback):
+class _Display(_Ends):
     """Follows the training on rank 0; subclasses show it."""
 
     def __init__(self, title: str) -> None:
@@ -121,14 +128,6 @@ class ProgressBar(_Display):
         if self._bar is not None and self._due(SECONDS_BETWEEN_REFRESHES):
             done, text = self._done(trainer), self._text(trainer)
             self._bar.update(self._task, completed=done, description=text, refresh=True)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._end()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self._end()
 
     def _end(self) -> None:
         if self._bar is not None:
