@@ -116,6 +116,7 @@ class ProgressBar(_Display):
             BarColumn(bar_width=8),
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
+            console=Console(),  # rich's shared one remembers what the terminal was like at its first use
             transient=True,
             auto_refresh=False,  # a thread that draws would take its share of a small model's time
         )
