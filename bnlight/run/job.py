@@ -28,8 +28,6 @@ from bnlight.run.status import (
 )
 
 FINISHED = ("done", "diverged")
-
-
 NEEDED = (
     "norm",
     "model",
@@ -76,6 +74,8 @@ def run_job(config: DictConfig) -> float | None:
                 _lead(resolved, directory, label)
         except JobBusy as busy:
             print(f"{label} {directory.name}: skipped, {busy}".strip(), flush=True)
+            if already_started():  # the other ranks would wait for this one
+                raise JobFailed(directory.name) from busy
             return None
         except OwnershipError as error:
             print(f"{label} {directory.name}: failed: {error}".strip(), flush=True)

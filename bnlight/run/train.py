@@ -36,6 +36,7 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     data = instantiate(config["data"])
     module = build_module(config, data)
     last = directory / "checkpoints" / "last.ckpt"
+    resume = last.exists() and config["rerun"] != "all"  # with "all", rank 0 may not have removed it yet
     loggers: list[Any] = [MetricsFile(directory, attempt=status.get("attempt", 1))]
     tracker = None
     if config["logger"].get("_target_") and this_rank() == 0:
@@ -44,7 +45,7 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     exit_code = 1
     try:
         trainer = build_trainer(config, directory, loggers, label)
-        _fit(trainer, module, data, str(last) if last.exists() else None)
+        _fit(trainer, module, data, str(last) if resume else None)
         metrics = _metrics(trainer)
         diverged = next((c.reason for c in trainer.callbacks if isinstance(c, StopOnDivergence)), None)  # type: ignore[attr-defined]
         if diverged is None:
