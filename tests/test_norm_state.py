@@ -79,7 +79,7 @@ def test_the_repr_is_the_call_that_makes_the_layer():
     assert repr(BatchNorm(8, momentum=None, bias=False)) == "BatchNorm(8, momentum=None, bias=False)"
     assert repr(BatchRenorm(8, d_max=0.1)) == "BatchRenorm(8, d_max=0.1)"
     assert repr(BatchRenorm(8, device="meta")) == "BatchRenorm(8)"
-    assert repr(GroupNorm(8, num_groups=4, affine=False)) == "GroupNorm(8, affine=False, num_groups=4)"
+    assert repr(GroupNorm(8, num_groups=4, affine=False)) == "GroupNorm(8, num_groups=4, affine=False)"
     assert (
         repr(LayerNorm(8, over="channels", channel_dim=-1)) == "LayerNorm(8, over='channels', channel_dim=-1)"
     )

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,35 @@ from torch import Tensor, nn
 from bnlight.norm.core import converted, statistics_dtype
 
 Device = torch.device | str | int | None
+
+
+class Placement(TypedDict, total=False):
+    """Arguments of every layer whose default is the same in all; `Norm` explains them."""
+
+    bias: bool
+    weight_init: float
+    bias_init: float
+    channel_dim: int
+    device: Device
+    dtype: torch.dtype | None
+
+
+class Affine(Placement, total=False):
+    """`Placement`, for the layers that have a weight by default."""
+
+    affine: bool
+
+
+class Shared(Affine, total=False):
+    """`Affine`, for the layers with the common eps."""
+
+    eps: float
+
+
+def new_statistic(fill: float, shape: tuple[int, ...], placement: Placement) -> Tensor:
+    """A buffer for statistics, filled, on the device and in the precision that a layer is made with."""
+    dtype = statistics_dtype(placement.get("dtype") or torch.get_default_dtype())
+    return torch.full(shape, fill, device=placement.get("device"), dtype=dtype)
 
 
 class Norm(nn.Module):
@@ -20,19 +49,35 @@ class Norm(nn.Module):
     and memory layout and is 0 where the mask is False; what `x` holds there reaches no result and no
     gradient.
 
-    `weight` and `bias`, `(num_features,)`, start at 1 and 0; `affine=False` means neither, `bias=False` no
-    bias. They follow the module's dtype. Buffers stay float32 (float64 after `.double()`) in half-precision
-    modules.
+    `weight` and `bias`, `(num_features,)`, start at `weight_init` and `bias_init`; `affine=False` means
+    neither, `bias=False` no bias. They follow the module's dtype. Buffers stay float32 (float64 after
+    `.double()`) in half-precision modules.
 
     Raises ValueError for a wrong number of channels, rank or mask shape, and TypeError if `x` is not floating
     point or the mask not bool.
     """
+
+    __signature__: ClassVar[inspect.Signature]
 
     cancels_bias: ClassVar[bool] = False
     """Whether a bias added just before this layer has no effect."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+
+    def __init_subclass__(cls) -> None:
+        """Show the arguments that a layer passes on, `**shared: Unpack[Shared]`, in its signature."""
+        super().__init_subclass__()
+        signature = inspect.signature(cls.__init__, eval_str=True)
+        own = dict(signature.parameters)
+        del own["self"]
+        passed_on = [p for p in own.values() if p.kind == p.VAR_KEYWORD and get_args(p.annotation)]
+        for parameter in passed_on:
+            del own[parameter.name]
+            names = get_args(parameter.annotation)[0].__annotations__
+            inherited = inspect.signature(cls.__mro__[1]).parameters
+            own |= {name: p for name, p in inherited.items() if name in names and name not in own}
+        cls.__signature__ = signature.replace(parameters=[*own.values()])
 
     def __init__(
         self,
@@ -41,6 +86,8 @@ class Norm(nn.Module):
         eps: float = 1e-5,
         affine: bool = True,
         bias: bool = True,
+        weight_init: float = 1.0,
+        bias_init: float = 0.0,
         channel_dim: int = 1,
         device: Device = None,
         dtype: torch.dtype | None = None,
@@ -56,6 +103,8 @@ class Norm(nn.Module):
         self.num_features = num_features
         self.eps = eps
         self.affine = affine
+        self.weight_init = weight_init
+        self.bias_init = bias_init
         self.channel_dim = channel_dim
         for parameter, wanted in (("weight", affine), ("bias", affine and bias)):
             empty = torch.empty(num_features, device=device, dtype=dtype) if wanted else None
@@ -63,11 +112,11 @@ class Norm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0."""
+        """Set weight and bias to their initial values."""
         if self.weight is not None:
-            nn.init.ones_(self.weight)
+            nn.init.constant_(self.weight, self.weight_init)
         if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            nn.init.constant_(self.bias, self.bias_init)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         self._check(x, mask)

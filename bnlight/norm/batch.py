@@ -1,16 +1,23 @@
 """What the layers share whose statistics come from the batch: running averages, virtual and small batches."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnlight.norm.base import Device, Norm
-from bnlight.norm.core import Moments, converted, snapshot, statistics_dtype
+from bnlight.norm.base import Norm, Shared, new_statistic
+from bnlight.norm.core import Moments, converted, snapshot
 from bnlight.norm.virtual import VirtualBatches
 
 SmallBatch = Literal["error", "running"]
+
+
+class Batch(Shared, total=False):
+    """Arguments of every layer with batch statistics whose default is the same in all."""
+
+    virtual_batch_size: int | None
+    small_batch: SmallBatch
 
 
 class BatchStatistics(Norm):
@@ -25,6 +32,8 @@ class BatchStatistics(Norm):
     not_in_torch: ClassVar[tuple[str, ...]] = ()
     """Names of the state that a `torch.nn.BatchNorm*` state dict does not have."""
 
+    track_running_stats = True
+
     _version = 2  # as torch.nn.BatchNorm: since 2 a state dict has num_batches_tracked
 
     running_mean: Tensor | None
@@ -35,26 +44,12 @@ class BatchStatistics(Norm):
         self,
         num_features: int,
         *,
-        eps: float = 1e-5,
         momentum: float | None = 0.1,
-        affine: bool = True,
-        bias: bool = True,
-        track_running_stats: bool = True,
         virtual_batch_size: int | None = None,
         small_batch: SmallBatch = "error",
-        channel_dim: int = 1,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            affine=affine,
-            bias=bias,
-            channel_dim=channel_dim,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
         name = type(self).__name__
         if momentum is not None and not 0 <= momentum <= 1:
             raise ValueError(
@@ -67,20 +62,16 @@ class BatchStatistics(Norm):
             )
         if small_batch not in ("error", "running"):
             raise ValueError(f"{name}: small_batch must be 'error' or 'running', got {small_batch!r}")
-        if small_batch == "running" and not track_running_stats:
-            raise ValueError(f"{name}: small_batch='running' needs track_running_stats=True")
         self.momentum = momentum
-        self.track_running_stats = track_running_stats
         self.virtual_batch_size = virtual_batch_size
         self.small_batch = small_batch
-        kind = statistics_dtype(dtype or torch.get_default_dtype())
         buffers = {
-            "running_mean": torch.zeros(num_features, device=device, dtype=kind),
-            "running_var": torch.ones(num_features, device=device, dtype=kind),
-            "num_batches_tracked": torch.zeros((), device=device, dtype=torch.long),
+            "running_mean": new_statistic(0, (num_features,), shared),
+            "running_var": new_statistic(1, (num_features,), shared),
+            "num_batches_tracked": torch.zeros((), device=shared.get("device"), dtype=torch.long),
         }
         for key, buffer in buffers.items():
-            self.register_buffer(key, buffer if track_running_stats else None)
+            self.register_buffer(key, buffer)
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the number of batches to 0."""

@@ -1,9 +1,11 @@
 """Batch normalization."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.batch import Batch, BatchStatistics
 from bnlight.norm.core import Moments, statistics_dtype
 
 
@@ -21,6 +23,7 @@ class BatchNorm(BatchStatistics):
         num_features: number of channels C.
         momentum: weight of the new batch in the running averages; None makes them plain averages of all
             batches.
+        track_running_stats: False keeps no running averages; evaluation then uses the batch too.
         virtual_batch_size: normalize `K = max(1, N // virtual_batch_size)` groups separately ("ghost
             batches"). Sample n belongs to group n mod K. The running averages move once, towards the groups'
             mean.
@@ -39,6 +42,21 @@ class BatchNorm(BatchStatistics):
     >>> layer.running_mean
     tensor([0.2000, 0.4000, 0.6000])
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        **options: Unpack[Batch],
+    ) -> None:
+        super().__init__(num_features, momentum=momentum, **options)
+        self.track_running_stats = track_running_stats
+        if not track_running_stats:
+            if self.small_batch == "running":
+                raise ValueError("BatchNorm: small_batch='running' needs track_running_stats=True")
+            self.running_mean = self.running_var = self.num_batches_tracked = None
 
     def _by_batch_statistics(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
         mean, var = (self.running_mean, self.running_var) if self.training else (None, None)

@@ -1,13 +1,12 @@
 """Batch renormalization."""
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
-import torch
 from torch import Tensor
 
-from bnlight.norm.base import Device
-from bnlight.norm.batch import BatchStatistics, SmallBatch
-from bnlight.norm.core import Moments, statistics_dtype
+from bnlight.norm.base import new_statistic
+from bnlight.norm.batch import Batch, BatchStatistics
+from bnlight.norm.core import Moments
 
 
 class BatchRenorm(BatchStatistics):
@@ -35,6 +34,7 @@ class BatchRenorm(BatchStatistics):
 
     Source: Ioffe 2017 (arXiv 1702.03275), algorithm 1 and section 3.
 
+    >>> import torch
     >>> layer, x = BatchRenorm(1), torch.tensor([[1.0], [3.0]])
     >>> layer(x).detach().round(decimals=2).flatten()  # inside the bounds: by the running mean 0 and std 1
     tensor([1., 3.])
@@ -53,37 +53,18 @@ class BatchRenorm(BatchStatistics):
         self,
         num_features: int,
         *,
-        eps: float = 1e-5,
         momentum: float | None = 0.01,
-        affine: bool = True,
-        bias: bool = True,
-        virtual_batch_size: int | None = None,
-        small_batch: SmallBatch = "error",
         r_max: float = 3.0,
         d_max: float = 5.0,
-        channel_dim: int = 1,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[Batch],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            bias=bias,
-            virtual_batch_size=virtual_batch_size,
-            small_batch=small_batch,
-            channel_dim=channel_dim,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, momentum=momentum, **options)
         if r_max < 1 or d_max < 0:
             raise ValueError(
                 f"BatchRenorm: expected r_max >= 1 and d_max >= 0, got r_max={r_max}, d_max={d_max}"
             )
-        kind = statistics_dtype(dtype or torch.get_default_dtype())
-        self.register_buffer("r_max", torch.tensor(r_max, device=device, dtype=kind))
-        self.register_buffer("d_max", torch.tensor(d_max, device=device, dtype=kind))
+        self.register_buffer("r_max", new_statistic(r_max, (), options))
+        self.register_buffer("d_max", new_statistic(d_max, (), options))
 
     def step(self, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
         running_mean, running_var = self.running_mean, self.running_var

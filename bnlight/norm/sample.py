@@ -1,12 +1,12 @@
 """The layers whose statistics come from one sample, in training as in evaluation, and the one without any."""
 
 import warnings
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from bnlight.norm.base import Device, Norm
+from bnlight.norm.base import Norm, Placement, Shared
 from bnlight.norm.core import keep_layout, memory_layout, moments, normalize, per_channel, statistics_dtype
 
 
@@ -84,23 +84,10 @@ class LayerNorm(SampleStatistics):
         self,
         num_features: int,
         *,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
         over: Literal["sample", "channels"] = "sample",
-        channel_dim: int = 1,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            affine=affine,
-            bias=bias,
-            channel_dim=channel_dim,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
         if over not in ("sample", "channels"):
             raise ValueError(f"LayerNorm: over must be 'sample' or 'channels', got {over!r}")
         self.over = over
@@ -135,23 +122,10 @@ class GroupNorm(SampleStatistics):
         self,
         num_features: int,
         *,
-        eps: float = 1e-5,
-        affine: bool = True,
-        bias: bool = True,
         num_groups: int | None = None,
-        channel_dim: int = 1,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            affine=affine,
-            bias=bias,
-            channel_dim=channel_dim,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, **shared)
         divisors = [d for d in range(1, num_features + 1) if num_features % d == 0]
         if num_groups is None:
             num_groups = max(d for d in divisors if d <= max(1, min(32, num_features // 4)))
@@ -210,22 +184,11 @@ class NoNorm(Norm):
         self,
         num_features: int,
         *,
-        eps: float = 1e-5,
         affine: bool = False,
-        bias: bool = True,
-        channel_dim: int = 1,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        eps: float = 1e-5,
+        **placement: Unpack[Placement],
     ) -> None:
-        super().__init__(
-            num_features,
-            eps=eps,
-            affine=affine,
-            bias=bias,
-            channel_dim=channel_dim,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, affine=affine, eps=eps, **placement)
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
         if not self.affine:
