@@ -3,11 +3,12 @@
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bnlight.norm.base import Norm, Shared, new_statistic
-from bnlight.norm.core import Moments, converted, snapshot
+from bnlight.norm.core import Moments, Plan, WayBack, converted, snapshot
+from bnlight.norm.recompute import Calls
+from bnlight.norm.sync import Meeting, ProcessGroup
 from bnlight.norm.virtual import VirtualBatches
 
 SmallBatch = Literal["error", "running"]
@@ -18,13 +19,18 @@ class Batch(Shared, total=False):
 
     virtual_batch_size: int | None
     small_batch: SmallBatch
+    jitter: tuple[float, float] | None
 
 
 class BatchStatistics(Norm):
     """Base of the layers that normalize by the batch in training and by running averages in evaluation.
 
-    A subclass says what a training batch does (`step`): which affine map follows its normalization, and how
-    the averages move.
+    A subclass says what a training batch does: how it is normalized (`plan`), what the second average follows
+    (`spread`), and how the averages move (`update`).
+
+    `process_group` says over whose batches the statistics are taken: None for this process's, "world" for all
+    ranks' (the default group, looked up at each forward; local if there is none), or a ProcessGroup. Ranks
+    may have batches of different sizes, or empty ones. Every rank must call the layer equally often.
     """
 
     cancels_bias: ClassVar[bool] = True
@@ -32,7 +38,12 @@ class BatchStatistics(Norm):
     not_in_torch: ClassVar[tuple[str, ...]] = ()
     """Names of the state that a `torch.nn.BatchNorm*` state dict does not have."""
 
+    too_few: ClassVar[int] = 1
+    """The number of values per channel that do not make a batch."""
+
     track_running_stats = True
+    warm_start = False
+    """Whether the running averages are plain ones of all batches until `momentum` is the larger weight."""
 
     _version = 2  # as torch.nn.BatchNorm: since 2 a state dict has num_batches_tracked
 
@@ -47,6 +58,7 @@ class BatchStatistics(Norm):
         momentum: float | None = 0.1,
         virtual_batch_size: int | None = None,
         small_batch: SmallBatch = "error",
+        jitter: tuple[float, float] | None = None,
         **shared: Unpack[Shared],
     ) -> None:
         super().__init__(num_features, **shared)
@@ -62,9 +74,14 @@ class BatchStatistics(Norm):
             )
         if small_batch not in ("error", "running"):
             raise ValueError(f"{name}: small_batch must be 'error' or 'running', got {small_batch!r}")
+        if jitter is not None and (len(jitter) != 2 or min(jitter) < 0):
+            raise ValueError(f"{name}: jitter must be None or (scale, shift), neither negative, got {jitter}")
         self.momentum = momentum
         self.virtual_batch_size = virtual_batch_size
         self.small_batch = small_batch
+        self.jitter = jitter
+        self.meeting = Meeting()
+        self._calls = Calls()
         buffers = {
             "running_mean": new_statistic(0, (num_features,), shared),
             "running_var": new_statistic(1, (num_features,), shared),
@@ -72,6 +89,15 @@ class BatchStatistics(Norm):
         }
         for key, buffer in buffers.items():
             self.register_buffer(key, buffer)
+
+    @property
+    def process_group(self) -> ProcessGroup:
+        """None, "world" or the process group whose ranks' batches make the statistics."""
+        return self.meeting.group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup) -> None:
+        self.meeting = Meeting(group)
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the number of batches to 0."""
@@ -85,39 +111,76 @@ class BatchStatistics(Norm):
             self.num_batches_tracked.zero_()
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        return self.normalize_batch(x, valid, *self.full_affine(x))
+
+    def normalize_batch(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        """Normalize by the batch or by the running averages, whichever this mode uses."""
         if not self._uses_batch():
-            return self._by_running_statistics(x)
+            return self._by_running_statistics(x, weight, bias)
+        ranks = self.meeting.ranks()
         groups, values = self._groups(x)
-        if values == 0:
-            self._count_batch(1)
-        if values == 0 or (values == 1 and valid is None):
-            return self._by_running_statistics(x)
-        return self._by_batch_statistics(x, valid, groups)
+        if ranks == 1 and valid is None and values <= self.too_few:
+            self._refuse(x, values == 1 and self.small_batch == "error")
+            self._count_batch(values == 0)
+            return self._by_running_statistics(x, weight, bias)
+        return self._by_batch_statistics(x, valid, groups, weight, bias)
 
-    def step(self, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Move the running averages, in training, and return `core.normalize`'s correction for the K groups.
+    def step(self, batch: Moments, used: Tensor | None) -> Plan:
+        """Move the running averages, in training, and say how the batch is normalized.
 
-        The groups' moments, which of them count (`used`, None means all) and the correction are `(K, C)` or,
-        for K = 1, `(C,)`. Nothing here enters the gradient.
+        The K groups' moments, which of them count (`used`, None means all) and the plan are `(K, C)` or, for
+        K = 1, `(C,)`. Nothing here enters the gradient.
         """
-        raise NotImplementedError
+        plan = self.plan(batch)
+        self.follow(batch, used)
+        return plan
 
-    def follow(self, average: Tensor, values: Tensor, used: Tensor | None) -> None:
-        """Move a running average one step towards the mean of the groups' values, in place."""
-        if used is None:
-            target = values if values.dim() == 1 else values.mean(0)
-            average.lerp_(converted(target, average.dtype), self.rate())
-        else:
-            values, used = values.view(-1, self.num_features), used.view(-1, self.num_features)
-            groups = used.sum(0)
-            target = (values * used).sum(0) / groups.clamp(min=1)
-            average.lerp_(target.to(average.dtype), (self.rate() * (groups > 0)).to(average.dtype))
+    def plan(self, batch: Moments) -> Plan:
+        """How the batch is normalized: by its own statistics, if a layer says nothing else."""
+        return Plan(batch.mean, batch.var)
 
-    def rate(self) -> float:
+    def spread(self, batch: Moments) -> Tensor:
+        """What the second running average follows: the unbiased variance."""
+        number = batch.number
+        return batch.var * (number / (number.clamp(min=2) - 1 if isinstance(number, Tensor) else number - 1))
+
+    def update(self, mean: Tensor, spread: Tensor, rate: float | Tensor) -> None:
+        """Move the running averages one step towards `mean` and `spread`, in place."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(spread, rate)
+
+    def follow(self, batch: Moments, used: Tensor | None) -> None:
+        """Move the running averages one step towards the mean of the groups, of all ranks."""
+        if self.running_mean is None or not self.training:
+            return
+        kind = self.running_mean.dtype
+        targets, rate = [batch.mean, self.spread(batch)], self.rate()
+        if used is not None:
+            used = used.expand_as(batch.mean).view(-1, self.num_features)
+            counts = used.sum(0)
+            targets = [(t.view(used.shape) * used).sum(0) / counts.clamp(min=1) for t in targets]
+            if self.virtual_batch_size is not None and self.meeting.ranks() > 1:
+                targets, counts = self.meeting.average(targets, counts.to(batch.mean.dtype))
+            rate = (rate * (counts > 0)).to(kind)
+        elif batch.mean.dim() > 1:
+            targets = [target.mean(0) for target in targets]
+        mean, spread = (converted(target, kind) for target in targets)
+        self.update(mean, spread, rate)
+
+    def counts_batches(self) -> bool:
+        """Whether the weight of a batch depends on how many came before."""
+        return self.momentum is None or self.warm_start
+
+    def rate(self) -> float | Tensor:
         """Weight of this batch in the running averages."""
-        if self.momentum is None and self.num_batches_tracked is not None:
-            return 1 / max(1, int(self.num_batches_tracked))
-        return self.momentum or 0.0
+        tracked = self.num_batches_tracked
+        if tracked is None or not self.counts_batches():
+            return self.momentum or 0.0
+        if torch.compiler.is_compiling() or tracked.device.type != "cpu":  # without reading a value
+            return (1 / tracked.clamp(min=1)).clamp(min=self.momentum or 0.0)
+        return max(1 / max(1, int(tracked)), self.momentum or 0.0)
 
     def running_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Running mean and variance in the dtype of the statistics `like`, 0 and 1 where the layer has none."""
@@ -130,8 +193,16 @@ class BatchStatistics(Norm):
             return snapshot(mean), snapshot(var)
         return mean, var
 
-    def _by_running_statistics(self, x: Tensor) -> Tensor:
-        weight, bias = self.full_affine(x)
+    def way_back(self) -> WayBack | None:
+        """How the gradients of mean and variance reach the values where the batch is not the whole of them."""
+        together = self.virtual_batch_size is None and self.meeting.ranks() > 1
+        return self._sum_over_ranks if together else None
+
+    def _sum_over_ranks(self, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, Tensor]:
+        dmean, dvar = self.meeting.sum(dmean, dvar)
+        return dmean, dvar
+
+    def _by_running_statistics(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mean, var = self.running_statistics(weight)
         if self.training:  # the next batch may move the averages before this one's backward reads them
             mean, var = mean.clone(), var.clone()
@@ -139,23 +210,40 @@ class BatchStatistics(Norm):
             x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled
         )
 
-    def _by_batch_statistics(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
+    def _by_batch_statistics(
+        self, x: Tensor, valid: Tensor | None, groups: int, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         batches = VirtualBatches(x, valid, groups)
         with torch.no_grad():
-            batch = batches.moments()
-            used = share = None
-            counted: Tensor | int = 1
-            if isinstance(batch.number, Tensor):  # Groups with one value or none take the running statistics.
-                used = batch.number > 1
-                share = torch.where(used, 1 / batch.number, 0)
-                counted = (batch.number != 1).any()
-                mean, var = self.running_statistics(batch.mean)
-                batch = Moments(
-                    torch.where(used, batch.mean, mean), torch.where(used, batch.var, var), batch.number
-                )
-            self._count_batch(counted)
-            correction = self.step(batch, used)
-        return batches.normalize(*self.full_affine(x), batch, self.eps, correction, share)
+            local = batches.moments()
+            plan = self._calls.recall(local)
+            if plan is None:
+                plan = self._new_plan(x, local)
+                self._calls.remember(local, plan)
+        return batches.normalize(weight, bias, plan, self.eps, self.way_back())
+
+    def _new_plan(self, x: Tensor, local: Moments) -> Plan:
+        together = self.virtual_batch_size is None and self.meeting.ranks() > 1
+        batch = self.meeting.merge(local) if together else local
+        used = share = None
+        if isinstance(batch.number, Tensor):  # groups with too few values take the running statistics
+            if self.small_batch == "error" and not (isinstance(local.number, int) and local.number > 1):
+                self._refuse(x, not torch.compiler.is_compiling() and bool((batch.number == 1).any()))
+            used = batch.number > self.too_few
+            share = torch.where(used, 1 / batch.number, 0)
+            mean, var = self.running_statistics(batch.mean)
+            batch = batch._replace(
+                mean=torch.where(used, batch.mean, mean), var=torch.where(used, batch.var, var)
+            )
+            self._count_batch(batch.number.ne(1).any())
+        else:
+            self._count_batch(1)
+        plan = self.step(batch, used)
+        if self.jitter is not None and self.training:
+            scale, shift = (torch.empty_like(plan.mean).uniform_(-width, width) for width in self.jitter)
+            r, d = plan.correction or (torch.ones_like(scale), torch.zeros_like(shift))
+            plan = plan._replace(correction=(r * (1 + scale), d * (1 + scale) + shift))
+        return plan if plan.share is not None else plan._replace(share=share)
 
     def _count_batch(self, number: Tensor | int) -> None:
         tracked = self.num_batches_tracked if self.training else None
@@ -174,21 +262,15 @@ class BatchStatistics(Norm):
         groups = max(1, samples // self.virtual_batch_size)
         return groups, samples // groups * (values // samples)
 
-    def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        super()._check(x, mask)
-        if self.small_batch == "running" or not self._uses_batch():
-            return
-        groups, values = self._groups(x)
-        alone = values == 1
-        if mask is not None and values > 0:
-            valid = F.pad(mask.reshape(len(x), -1).sum(1), (0, -len(x) % groups)).view(-1, groups).sum(0)
-            alone = not torch.compiler.is_compiling() and bool((valid == 1).any())
-        if alone:
+    def _refuse(self, x: Tensor, too_small: bool) -> None:
+        """Raise the error of a batch with one value per channel."""
+        if too_small:
+            shape = x.shape if self.channel_dim == 1 or x.dim() == 2 else x.squeeze(3).movedim(1, -1).shape
             raise ValueError(
-                f"{self}: input of shape {tuple(x.shape)} leaves one value per channel"
-                f"{' in a virtual batch' if groups > 1 else ''}, which has no variance. Use a larger batch, "
-                "drop_last=True in the DataLoader, small_batch='running', or a norm without batch statistics "
-                "such as LayerNorm or GroupNorm"
+                f"{self}: input of shape {tuple(shape)} leaves one value per channel"
+                f"{'' if self.virtual_batch_size is None else ' in a virtual batch'}, which has no variance. Use "
+                "a larger batch, drop_last=True in the DataLoader, small_batch='running', or a norm without "
+                "batch statistics such as LayerNorm or GroupNorm"
             )
 
     def _load_from_state_dict(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from bnlight.norm.batch import Batch, BatchStatistics
-from bnlight.norm.core import Moments, statistics_dtype
+from bnlight.norm.core import statistics_dtype
+from bnlight.norm.recompute import recomputing
 
 
 class BatchNorm(BatchStatistics):
@@ -58,21 +59,23 @@ class BatchNorm(BatchStatistics):
                 raise ValueError("BatchNorm: small_batch='running' needs track_running_stats=True")
             self.running_mean = self.running_var = self.num_batches_tracked = None
 
-    def _by_batch_statistics(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
-        mean, var = (self.running_mean, self.running_var) if self.training else (None, None)
-        if valid is not None or groups > 1 or (mean is not None and mean.dtype != statistics_dtype(x.dtype)):
-            return super()._by_batch_statistics(x, valid, groups)
-        self._count_batch(1)
-        weight, bias = self.full_affine(x)
+    def _by_batch_statistics(
+        self, x: Tensor, valid: Tensor | None, groups: int, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        updates = self.training and not recomputing()
+        mean, var = (self.running_mean, self.running_var) if updates else (None, None)
+        if (
+            valid is not None
+            or groups > 1
+            or (self.counts_batches() and (torch.compiler.is_compiling() or x.device.type != "cpu"))
+            or (self.jitter is not None and self.training)
+            or self.meeting.ranks() > 1
+            or (mean is not None and mean.dtype != statistics_dtype(x.dtype))
+        ):
+            return super()._by_batch_statistics(x, valid, groups, weight, bias)
+        if updates:
+            self._count_batch(1)
+        rate = float(self.rate()) if updates else 0.0
         return torch.batch_norm(
-            x, weight, bias, mean, var, True, self.rate(), self.eps, torch.backends.cudnn.enabled
+            x, weight, bias, mean, var, True, rate, self.eps, torch.backends.cudnn.enabled
         )
-
-    def step(self, batch: Moments, used: Tensor | None) -> None:
-        if self.training and self.running_mean is not None and self.running_var is not None:
-            if isinstance(batch.number, int):
-                bessel: Tensor | float = batch.number / (batch.number - 1)
-            else:
-                bessel = batch.number / (batch.number - 1).clamp(min=1)
-            self.follow(self.running_mean, batch.mean, used)
-            self.follow(self.running_var, batch.var * bessel, used)

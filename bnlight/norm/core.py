@@ -5,6 +5,7 @@ per-sample statistics are ways to arrange `x` before these functions, not other 
 or one sample's group of channels, becomes a channel of its own.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +17,15 @@ _update_stats: Any = torch.batch_norm_update_stats  # its type stub lacks two ar
 
 
 class Moments(NamedTuple):
-    """Mean, biased variance and number of values of each channel; the number is an int if all have it."""
+    """Mean, biased variance and number of values of each channel; the number is an int if all have it.
+
+    `samples` says how many samples the values come from, one number for all channels.
+    """
 
     mean: Tensor
     var: Tensor
     number: Tensor | int
+    samples: Tensor | int
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,15 +83,19 @@ def moments(x: Tensor, valid: Tensor | None = None) -> Moments:
     Where `valid` is False `x` must be zero. A channel without values has mean 0 and variance 0.
     """
     total = x.numel() // x.size(1)
+    if total == 0:
+        mean = torch.zeros(x.size(1), dtype=statistics_dtype(x.dtype), device=x.device)
+        return Moments(mean, mean, 0, 0)
     if valid is None:
         mean, var = _mean_var(x)
-        return Moments(mean, var, total)
+        return Moments(mean, var, total, len(x))
     dtype = statistics_dtype(x.dtype)
     number = _sum(valid, dtype)
     mean = _sum(x, dtype) / number.clamp(min=1)
     # Padding placed at the mean adds nothing to the sum of squares.
     _, var = _mean_var(torch.where(valid, x, per_channel(mean, x)))
-    return Moments(mean, var * (total / number.clamp(min=1)), number)
+    samples = valid.flatten(1).any(1).sum()
+    return Moments(mean, var * (total / number.clamp(min=1)), number, samples)
 
 
 def _sum(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,6 +142,24 @@ def _sums_in_vectors(x: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+class Plan(NamedTuple):
+    """What normalizes a batch, constants for the gradient: per channel, in the statistics' dtype.
+
+    `share` says how much each value counts in the statistics: `1 / number` where only that many values are
+    valid or some lie on other ranks, 0 where the statistics are constants, None when every value counts.
+    `correction` is `(r, d)`; None means 1 and 0.
+    """
+
+    mean: Tensor
+    var: Tensor
+    share: Tensor | None = None
+    correction: tuple[Tensor, Tensor] | None = None
+
+
+WayBack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From this batch's gradients with respect to mean and variance to those that its values receive."""
+
+
 class _Normalize(torch.autograd.Function):
     """One elementwise pass forward and one native call backward; see `normalize`."""
 
@@ -144,22 +171,23 @@ class _Normalize(torch.autograd.Function):
         bias: Tensor,
         mean: Tensor,
         var: Tensor,
-        eps: float,
+        share: Tensor | None,
         r: Tensor | None,
         d: Tensor | None,
-        share: Tensor | None,
+        eps: float,
+        way_back: WayBack | None,
     ) -> Tensor:
         if r is not None and d is not None:
             # (xhat * r + d) * weight + bias = xhat * (weight * r) + (bias + weight * d): nothing per element.
             weight, bias = weight * r, torch.addcmul(bias, weight, d)
-        ctx.save_for_backward(x, weight, mean, var, r, d, share)
-        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, var, share, r, d)
+        ctx.eps, ctx.way_back = eps, way_back
         return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
 
     @staticmethod
     @once_differentiable  # differentiating this backward again would be silently wrong
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, r, d, share = ctx.saved_tensors
+        x, weight, mean, var, share, r, d = ctx.saved_tensors
         eps, dy = ctx.eps, keep_layout(dy, x)
         invstd = (var + eps).rsqrt_()
         if share is None:
@@ -169,33 +197,29 @@ class _Normalize(torch.autograd.Function):
             dx, dweight, dbias = _backward(
                 dy, x, weight, mean, var, None, None, False, eps, [True, True, True]
             )
-            # So far the statistics were constants. Each value also moves them, by its share:
-            # dx -= weight / std * share * (xhat * dweight + dbias), again one elementwise pass.
-            pull = -weight * invstd * share
-            dx += torch.native_batch_norm(x, pull * dweight, pull * dbias, mean, var, False, 0.0, eps)[0]
+            # So far the statistics were constants. Each value also moves them, by its share.
+            scale = weight * invstd
+            dmean, dvar = -scale * dbias, -scale * invstd * dweight / 2
+            if ctx.way_back is not None:
+                dmean, dvar = ctx.way_back(dmean, dvar)
+            # dx += share * (dmean + 2 * (x - mean) * dvar), again one elementwise pass.
+            slope = 2 * share * dvar / invstd
+            dx += torch.native_batch_norm(x, slope, share * dmean, mean, var, False, 0.0, eps)[0]
         if r is not None:
             dweight = torch.addcmul(dbias * d, dweight, r)
-        return dx, dweight, dbias, None, None, None, None, None, None
+        return dx, dweight, dbias, *[None] * 7
 
 
 def normalize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    correction: tuple[Tensor, Tensor] | None = None,
-    share: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor, plan: Plan, eps: float, way_back: WayBack | None = None
 ) -> Tensor:
-    """`((x - mean) / sqrt(var + eps) * r + d) * weight + bias` per channel; mean and var are x's statistics.
+    """`((x - mean) / sqrt(var + eps) * r + d) * weight + bias` per channel, by the plan's constants.
 
-    `correction` is `(r, d)`, constants for the gradient; None means 1 and 0. The gradient of `x` includes its
-    way through the statistics. `share` says how much each value counts in them: `1 / number` where only that
-    many values are valid, 0 where the statistics are constants, None when every value counts. First order
-    only. All per-channel tensors have the statistics' dtype.
+    The gradient of `x` includes its way through the statistics, by `way_back` where they are not this
+    batch's alone (only with a `share`). First order only. All per-channel tensors have the statistics' dtype.
     """
+    mean, var, share, correction = plan
     y: Tensor = _Normalize.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, mean, var, eps, *(correction or (None, None)), share
+        x, weight, bias, mean, var, share, *(correction or (None, None)), eps, way_back
     )
     return y

@@ -2,11 +2,12 @@
 
 from typing import ClassVar, Unpack
 
+import torch
 from torch import Tensor
 
 from bnlight.norm.base import new_statistic
 from bnlight.norm.batch import Batch, BatchStatistics
-from bnlight.norm.core import Moments
+from bnlight.norm.core import Moments, Plan
 
 
 class BatchRenorm(BatchStatistics):
@@ -30,6 +31,8 @@ class BatchRenorm(BatchStatistics):
             batches.
         virtual_batch_size, small_batch: as in `BatchNorm`; each group has its own r and d.
         r_max: bound of the correction of scale, at least 1.
+        r_min: lower bound of the correction of scale; None means `1 / r_max`, as the paper, whatever `r_max` is
+            now. Keras has a bound of its own.
         d_max: bound of the correction of shift, in running standard deviations, at least 0.
 
     Source: Ioffe 2017 (arXiv 1702.03275), algorithm 1 and section 3.
@@ -56,6 +59,7 @@ class BatchRenorm(BatchStatistics):
         momentum: float | None = 0.01,
         r_max: float = 3.0,
         d_max: float = 5.0,
+        r_min: float | None = None,
         **options: Unpack[Batch],
     ) -> None:
         super().__init__(num_features, momentum=momentum, **options)
@@ -63,20 +67,27 @@ class BatchRenorm(BatchStatistics):
             raise ValueError(
                 f"BatchRenorm: expected r_max >= 1 and d_max >= 0, got r_max={r_max}, d_max={d_max}"
             )
+        if r_min is not None and not 0 <= r_min <= 1:
+            raise ValueError(f"BatchRenorm: r_min must be in [0, 1] or None (1 / r_max), got {r_min}")
+        self.r_min = r_min
         self.register_buffer("r_max", new_statistic(r_max, (), options))
         self.register_buffer("d_max", new_statistic(d_max, (), options))
 
-    def step(self, batch: Moments, used: Tensor | None) -> tuple[Tensor, Tensor]:
-        running_mean, running_var = self.running_mean, self.running_var
-        assert running_mean is not None
-        assert running_var is not None
-        r_max, d_max = self.r_max, self.d_max
+    def plan(self, batch: Moments) -> Plan:
         mean, var = self.running_statistics(batch.mean)
-        batch_std, std = (batch.var + self.eps).sqrt_(), (var + self.eps).sqrt_()
-        r = (batch_std / std).clamp_(r_max.reciprocal(), r_max)
+        std = (var + self.eps).sqrt_()
+        r_max, d_max = self.r_max, self.d_max
+        r_min = r_max.reciprocal() if self.r_min is None else torch.full_like(r_max, self.r_min)
+        r = ((batch.var + self.eps).sqrt_() / std).clamp_(r_min, r_max)
         d = (batch.mean - mean).div_(std).clamp_(-d_max, d_max)
-        if self.training:
-            self.follow(running_mean, batch.mean, used)
-            self.follow(std, batch_std, used)
-            running_var.copy_((std * std).sub_(self.eps).clamp_(min=0))
-        return r, d
+        return Plan(batch.mean, batch.var, correction=(r, d))
+
+    def spread(self, batch: Moments) -> Tensor:
+        return (batch.var + self.eps).sqrt_()
+
+    def update(self, mean: Tensor, spread: Tensor, rate: float | Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.running_mean.lerp_(mean, rate)
+        std = (self.running_var + self.eps).sqrt_().lerp_(spread, rate)
+        self.running_var.copy_(std.square_().sub_(self.eps).clamp_(min=0))

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from bnlight.norm.base import Norm, Placement, Shared
-from bnlight.norm.core import keep_layout, memory_layout, moments, normalize, per_channel, statistics_dtype
+from bnlight.norm.core import (
+    Plan,
+    keep_layout,
+    memory_layout,
+    moments,
+    normalize,
+    per_channel,
+    statistics_dtype,
+)
 
 
 class SampleStatistics(Norm):
@@ -23,10 +31,10 @@ class SampleStatistics(Norm):
         # A sample's group becomes a channel of a batch of one.
         values = x.to(statistics_dtype(x.dtype)).reshape(1, len(x) * groups, -1)
         with torch.no_grad():
-            mean, var, number = moments(values, valid.expand_as(x).reshape(values.shape))
-            share = 1 / torch.as_tensor(number).clamp(min=1)
-        ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
-        y = normalize(values, ones, zeros, mean, var, self.eps, share=share).view(x.shape)
+            batch = moments(values, valid.expand_as(x).reshape(values.shape))
+            plan = Plan(batch.mean, batch.var, share=1 / torch.as_tensor(batch.number).clamp(min=1))
+        ones, zeros = torch.ones_like(plan.mean), torch.zeros_like(plan.mean)
+        y = normalize(values, ones, zeros, plan, self.eps).view(x.shape)
         weight, bias = self.full_affine(x)
         return keep_layout((y * per_channel(weight, x) + per_channel(bias, x)).to(x.dtype), x)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnlight.norm.core import Moments, memory_layout, moments, normalize
+from bnlight.norm.core import Moments, Plan, WayBack, memory_layout, moments, normalize
 
 
 class VirtualBatches:
@@ -40,39 +40,38 @@ class VirtualBatches:
             parts = [moments(piece, where) for piece, where in zip(self.pieces, valid, strict=True)]
         if self.groups == 1:
             return parts[0]
-        means, variances, numbers = zip(*parts, strict=True)
-        number = numbers[0] if self.valid is None else self._stack(numbers)
-        return Moments(self._stack(means), self._stack(variances), number)
+        means, variances, numbers, _ = zip(*parts, strict=True)
+        if self.valid is None:
+            return Moments(
+                self._stack(means), self._stack(variances), numbers[0], self.samples // self.groups
+            )
+        samples = self.valid.flatten(1).any(1).view(-1, self.groups).sum(0)
+        return Moments(self._stack(means), self._stack(variances), self._stack(numbers), samples.view(-1, 1))
 
     def normalize(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        batch: Moments,
-        eps: float,
-        correction: tuple[Tensor, Tensor] | None,
-        share: Tensor | None,
+        self, weight: Tensor, bias: Tensor, plan: Plan, eps: float, way_back: WayBack | None
     ) -> Tensor:
         """`core.normalize` in each group, with weight and bias `(C,)`, in the order and layout of the batch."""
         if self.groups == 1:
-            return normalize(self.pieces[0], weight, bias, batch.mean, batch.var, eps, correction, share)
-        per_group = (
-            [None] * len(self.pieces) if values is None else self._unstack(values)
-            for values in (
-                weight.expand_as(batch.mean),
-                bias.expand_as(batch.mean),
-                batch.mean,
-                batch.var,
-                *(correction or (None, None)),
-                share,
-            )
-        )
+            return normalize(self.pieces[0], weight, bias, plan, eps, way_back)
+        weights, biases = (self._unstack(values.expand_as(plan.mean)) for values in (weight, bias))
         results = [
-            normalize(piece, w, b, mean, var, eps, None if r is None else (r, d), s)
-            for piece, w, b, mean, var, r, d, s in zip(self.pieces, *per_group, strict=True)
+            normalize(piece, w, b, part, eps)
+            for piece, w, b, part in zip(self.pieces, weights, biases, self._plans(plan), strict=True)
         ]
         y = self._join(results)
         return y if len(y) == self.samples else y[: self.samples]
+
+    def _plans(self, plan: Plan) -> list[Plan]:
+        """The plan of each piece."""
+        parts = [
+            [None] * len(self.pieces) if values is None else self._unstack(values)
+            for values in (plan.mean, plan.var, plan.share, *(plan.correction or (None, None)))
+        ]
+        return [
+            Plan(mean, var, share, None if r is None else (r, d))
+            for mean, var, share, r, d in zip(*parts, strict=True)
+        ]
 
     def _stack(self, values: tuple[Tensor, ...]) -> Tensor:
         if self.groups == 1:
