@@ -7,6 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnlight.norm import Norm
+from bnlight.norm.weight import is_weight_norm
 
 TORCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -14,7 +15,8 @@ TORCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.GroupN
 def norm_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield every parameter of a norm layer and every bias of any module: an optimizer's no-decay group.
 
-    Norms are bnlight's and torch's; a bias is a parameter named `bias` or `bias_...`. A parameter that
+    Norms are bnlight's and torch's; a bias is a parameter named `bias` or `bias_...`. The lengths g of
+    weight-normalized weights count too: they scale a layer's outputs as a norm's weight does. A parameter that
     several modules share comes once, also when only one of them makes it a norm's or a bias.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -25,7 +27,9 @@ def norm_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         is_norm = isinstance(module, (Norm, *TORCH_NORMS))
+        length = "original0" if is_weight_norm(module) else None
         for name, parameter in module.named_parameters(recurse=False):
-            if (is_norm or name == "bias" or name.startswith("bias_")) and parameter not in seen:
+            undecayed = is_norm or name in ("bias", length) or name.startswith("bias_")
+            if undecayed and parameter not in seen:
                 seen.add(parameter)
                 yield parameter

@@ -56,7 +56,7 @@ def test_the_options_named_in_the_readme_are_those_there_are() -> None:
 
     conf = Path(bnlight.conf.__path__[0])
     for group, options in re.findall(
-        r"^\| `(norm|model|data|trainer)` \| ([\w, ]+?)(?: \(|\s*\|)", README, re.MULTILINE
+        r"^\| `(norm|weight|model|data|trainer)` \| ([\w, ]+?)(?: \(|\s*\|)", README, re.MULTILINE
     ):
         assert sorted(options.split(", ")) == sorted(path.stem for path in (conf / group).glob("*.yaml")), (
             group

@@ -55,9 +55,11 @@ def complete(config: Config, **available: Any) -> dict[str, Any]:
 
 
 def model_config(
-    model: Config, norm: Config, input_shape: tuple[int, ...], num_classes: int
+    model: Config, norm: Config, weight: Config, input_shape: tuple[int, ...], num_classes: int
 ) -> dict[str, Any]:
     """The model's config with the norm and the data's shape in it: all that is needed to build it again.
+
+    Where `weight` names a function, the config is a call of it with the model, which it changes and returns.
 
     Raises ValueError if the model's class takes no `norm`: a sweep over norms would change nothing.
     """
@@ -68,4 +70,6 @@ def model_config(
             f"effect. Its arguments are {', '.join(arguments(model))}. Add `norm` to them, a factory that your "
             "model calls as norm(channels) wherever it normalizes."
         )
+    if weight.get("_target_"):
+        return {**weight, "model": completed}
     return completed

@@ -4,6 +4,8 @@ from bnlight.norm.base import Norm
 from bnlight.norm.batchnorm import BatchNorm
 from bnlight.norm.renorm import BatchRenorm
 from bnlight.norm.sample import GroupNorm, InstanceNorm, LayerNorm, NoNorm
+from bnlight.norm.weight import weight_norm, weight_standardization
+from bnlight.norm.weight_init import initialize_weight_norm
 
 NORMS: dict[str, type[Norm]] = {
     "batch": BatchNorm,
@@ -15,4 +17,16 @@ NORMS: dict[str, type[Norm]] = {
 }
 """The one table of names."""
 
-__all__ = ["NORMS", "BatchNorm", "BatchRenorm", "GroupNorm", "InstanceNorm", "LayerNorm", "NoNorm", "Norm"]
+__all__ = [
+    "NORMS",
+    "BatchNorm",
+    "BatchRenorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "NoNorm",
+    "Norm",
+    "initialize_weight_norm",
+    "weight_norm",
+    "weight_standardization",
+]

@@ -31,6 +31,7 @@ FINISHED = ("done", "diverged")
 NEEDED = (
     "norm",
     "model",
+    "weight",
     "module",
     "data",
     "optimizer",
