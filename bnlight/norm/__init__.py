@@ -2,6 +2,8 @@
 
 from bnlight.norm.base import Norm
 from bnlight.norm.batchnorm import BatchNorm
+from bnlight.norm.full import FullNorm
+from bnlight.norm.mean_only import MeanOnlyBatchNorm
 from bnlight.norm.renorm import BatchRenorm
 from bnlight.norm.sample import GroupNorm, InstanceNorm, LayerNorm, NoNorm
 from bnlight.norm.weight import weight_norm, weight_standardization
@@ -10,6 +12,7 @@ from bnlight.norm.weight_init import initialize_weight_norm
 NORMS: dict[str, type[Norm]] = {
     "batch": BatchNorm,
     "renorm": BatchRenorm,
+    "full": FullNorm,
     "layer": LayerNorm,
     "group": GroupNorm,
     "instance": InstanceNorm,
@@ -21,9 +24,11 @@ __all__ = [
     "NORMS",
     "BatchNorm",
     "BatchRenorm",
+    "FullNorm",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
+    "MeanOnlyBatchNorm",
     "NoNorm",
     "Norm",
     "initialize_weight_norm",

@@ -142,7 +142,8 @@ class BatchStatistics(Norm):
     def spread(self, batch: Moments) -> Tensor:
         """What the second running average follows: the unbiased variance."""
         number = batch.number
-        return batch.var * (number / (number.clamp(min=2) - 1 if isinstance(number, Tensor) else number - 1))
+        less = number.clamp(min=2) - 1 if isinstance(number, Tensor) else max(number - 1, 1)
+        return batch.var * (number / less)
 
     def update(self, mean: Tensor, spread: Tensor, rate: float | Tensor) -> None:
         """Move the running averages one step towards `mean` and `spread`, in place."""
@@ -243,7 +244,7 @@ class BatchStatistics(Norm):
             scale, shift = (torch.empty_like(plan.mean).uniform_(-width, width) for width in self.jitter)
             r, d = plan.correction or (torch.ones_like(scale), torch.zeros_like(shift))
             plan = plan._replace(correction=(r * (1 + scale), d * (1 + scale) + shift))
-        return plan if plan.share is not None else plan._replace(share=share)
+        return plan if share is None else plan._replace(share=share)
 
     def _count_batch(self, number: Tensor | int) -> None:
         tracked = self.num_batches_tracked if self.training else None

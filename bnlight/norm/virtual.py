@@ -56,7 +56,7 @@ class VirtualBatches:
             return normalize(self.pieces[0], weight, bias, plan, eps, way_back)
         weights, biases = (self._unstack(values.expand_as(plan.mean)) for values in (weight, bias))
         results = [
-            normalize(piece, w, b, part, eps)
+            normalize(piece, w, b, part, eps, way_back)
             for piece, w, b, part in zip(self.pieces, weights, biases, self._plans(plan), strict=True)
         ]
         y = self._join(results)

@@ -1,0 +1,62 @@
+"""Mean-only batch normalization."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from bnlight.norm.base import Affine
+from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.core import Moments, Plan, WayBack
+
+
+class MeanOnlyBatchNorm(BatchStatistics):
+    """Mean-only batch normalization, the partner of weight normalization: `y = x - mean + bias`.
+
+    Weight normalization fixes the scale, so that only the mean is taken from the batch: there is no weight, no
+    eps, and the running variance is kept but not used. Training uses the batch's mean and moves the running
+    mean towards it; evaluation uses the running mean. See `Norm` for shapes, masks and their errors, and
+    `BatchNorm` for the arguments. In training a single value per channel is legal, and leaves the bias alone.
+
+    Source: Salimans and Kingma 2016 (arXiv 1602.07868), section 4.
+
+    >>> import torch
+    >>> MeanOnlyBatchNorm(1)(torch.tensor([[1.0], [5.0]])).detach().flatten()
+    tensor([-2.,  2.])
+    """
+
+    too_few = 0
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        momentum: float | None = 0.1,
+        virtual_batch_size: int | None = None,
+        **affine: Unpack[Affine],
+    ) -> None:
+        super().__init__(
+            num_features,
+            momentum=momentum,
+            virtual_batch_size=virtual_batch_size,
+            small_batch="running",
+            eps=0.0,
+            **affine,
+        )
+        self.weight = None
+
+    def plan(self, batch: Moments) -> Plan:
+        number = torch.as_tensor(batch.number, dtype=batch.mean.dtype, device=batch.mean.device)
+        return Plan(batch.mean, torch.ones_like(batch.mean), share=(1 / number).expand_as(batch.mean))
+
+    def running_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, _ = super().running_statistics(like)
+        return mean, torch.ones_like(mean)
+
+    def way_back(self) -> WayBack:
+        return self._through_the_mean
+
+    def _through_the_mean(self, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, Tensor]:
+        if (over_ranks := super().way_back()) is not None:
+            dmean, dvar = over_ranks(dmean, dvar)
+        return dmean, torch.zeros_like(dvar)
