@@ -3,9 +3,11 @@
 from bnlight.norm.base import Norm
 from bnlight.norm.batchnorm import BatchNorm
 from bnlight.norm.full import FullNorm
+from bnlight.norm.keras import from_keras
 from bnlight.norm.mean_only import MeanOnlyBatchNorm
 from bnlight.norm.renorm import BatchRenorm
 from bnlight.norm.sample import GroupNorm, InstanceNorm, LayerNorm, NoNorm
+from bnlight.norm.schedule import renorm_schedule
 from bnlight.norm.weight import weight_norm, weight_standardization
 from bnlight.norm.weight_init import initialize_weight_norm
 
@@ -31,7 +33,9 @@ __all__ = [
     "MeanOnlyBatchNorm",
     "NoNorm",
     "Norm",
+    "from_keras",
     "initialize_weight_norm",
+    "renorm_schedule",
     "weight_norm",
     "weight_standardization",
 ]

@@ -1,0 +1,6 @@
+"""The Lightning callbacks around norms: `from bnlight.callbacks import RenormSchedule`."""
+
+from bnlight.lightning.regularize import ConstrainNorm, PenalizeNorm
+from bnlight.lightning.renorm import RenormSchedule
+
+__all__ = ["ConstrainNorm", "PenalizeNorm", "RenormSchedule"]
