@@ -6,8 +6,10 @@ from bnlight.norm.full import FullNorm
 from bnlight.norm.keras import from_keras
 from bnlight.norm.mean_only import MeanOnlyBatchNorm
 from bnlight.norm.renorm import BatchRenorm
+from bnlight.norm.rms import FilterResponseNorm, RMSNorm
 from bnlight.norm.sample import GroupNorm, InstanceNorm, LayerNorm, NoNorm
 from bnlight.norm.schedule import renorm_schedule
+from bnlight.norm.tanh import DynamicTanh
 from bnlight.norm.weight import weight_norm, weight_standardization
 from bnlight.norm.weight_init import initialize_weight_norm
 
@@ -18,6 +20,9 @@ NORMS: dict[str, type[Norm]] = {
     "layer": LayerNorm,
     "group": GroupNorm,
     "instance": InstanceNorm,
+    "rms": RMSNorm,
+    "frn": FilterResponseNorm,
+    "tanh": DynamicTanh,
     "none": NoNorm,
 }
 """The one table of names."""
@@ -26,6 +31,8 @@ __all__ = [
     "NORMS",
     "BatchNorm",
     "BatchRenorm",
+    "DynamicTanh",
+    "FilterResponseNorm",
     "FullNorm",
     "GroupNorm",
     "InstanceNorm",
@@ -33,6 +40,7 @@ __all__ = [
     "MeanOnlyBatchNorm",
     "NoNorm",
     "Norm",
+    "RMSNorm",
     "from_keras",
     "initialize_weight_norm",
     "renorm_schedule",

@@ -6,6 +6,14 @@ from typing import ClassVar, Literal, Unpack
 import torch
 from torch import Tensor
 
+from bnlight.norm.arrange import (
+    affine,
+    by_channel,
+    by_position,
+    in_channels_last,
+    one_by_one,
+    standardized,
+)
 from bnlight.norm.base import Norm, Placement, Shared
 from bnlight.norm.core import (
     Plan,
@@ -43,14 +51,20 @@ class SampleStatistics(Norm):
         weight, bias = self.full_affine(x)
         return (weight, bias) if x.device.type == "cpu" else (weight.to(x.dtype), bias.to(x.dtype))
 
-    def warn_if_alone(self, x: Tensor, values: int) -> None:
-        """Warn, once per layer, when each group has one value, so that the output says nothing about `x`."""
+    def warn_if_alone(
+        self,
+        x: Tensor,
+        values: int,
+        output: str = "the bias whatever the input is",
+        instead: str = "Use fewer groups, or NoNorm at this place",
+    ) -> None:
+        """Warn, once per layer, when each group has one value, so that the output says little about `x`."""
         if values != 1 or x.numel() == 0 or self._warned or torch.compiler.is_compiling():
             return
         self._warned = True
         warnings.warn(
-            f"{self}: in input of shape {tuple(x.shape)} each group has one value, so the output is the bias "
-            "whatever the input is. Use fewer groups, or NoNorm at this place",
+            f"{self}: in input of shape {tuple(x.shape)} each group has one value, so the output is {output}. "
+            f"{instead}",
             stacklevel=2,
         )
 
@@ -59,8 +73,9 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
     """`torch.group_norm` in x's memory layout, without the weak spots of its channels-last kernel on CPU."""
     if x.device.type != "cpu" or x.is_contiguous() or torch.compiler.is_compiling():
         return keep_layout(torch.group_norm(x, groups, weight, bias, eps), x)
-    # Groups narrower than a vector register are slow there: up to ten times slower than by way of contiguous.
-    if memory_layout(x) is not None and x.size(1) // groups * x.element_size() >= 32:
+    # Narrow groups are slow there, in half precision up to ten times slower than by way of contiguous.
+    narrowest = 32 if x.element_size() == 2 else 16
+    if memory_layout(x) is not None and x.size(1) // groups * x.element_size() >= narrowest:
         n, c = x.shape[:2]
         y, mean, invstd = torch.native_group_norm(x, weight, bias, n, c, x.numel() // (n * c), groups, eps)
         # The kernel's variance is E[x^2] - E[x]^2, which is lost when the mean is far from zero.
@@ -104,8 +119,12 @@ class LayerNorm(SampleStatistics):
         if self.over == "sample" and x.dim() > 2:
             return self.by_groups(x, valid, 1)
         self.warn_if_alone(x, self.num_features)
-        y = torch.layer_norm(x.movedim(1, -1), (self.num_features,), *self.native_affine(x), self.eps)
-        return keep_layout(y.movedim(-1, 1).to(x.dtype), x)
+        if one_by_one(x) and x.is_contiguous():
+            y = by_position(lambda rows: standardized(rows, self.eps), x)
+            return affine(y, *self.full_affine(x)) if self.affine else y
+        last = x if x.dim() == 2 else x.movedim(1, -1)
+        y = torch.layer_norm(last, (self.num_features,), *self.native_affine(x), self.eps).to(x.dtype)
+        return y if last is x else keep_layout(y.movedim(-1, 1), x)
 
 
 class GroupNorm(SampleStatistics):
@@ -166,6 +185,9 @@ class InstanceNorm(SampleStatistics):
     cancels_bias: ClassVar[bool] = True
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is None and one_by_one(x) and in_channels_last(x):
+            parameters = (vector.expand(x.shape[:2]) for vector in self.full_affine(x))
+            return by_channel(lambda rows, *rest: standardized(rows, self.eps, *rest), x, *parameters)
         # Group norm with C groups is the same, and in float32 twice as fast as torch's instance norm.
         return self.by_groups(x, valid, self.num_features)
 
@@ -199,7 +221,4 @@ class NoNorm(Norm):
         super().__init__(num_features, affine=affine, eps=eps, **placement)
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        if not self.affine:
-            return x
-        weight, bias = self.full_affine(x)
-        return (x * per_channel(weight, x) + per_channel(bias, x)).to(x.dtype)
+        return keep_layout(affine(x, *self.full_affine(x)), x) if self.affine else x
