@@ -25,7 +25,7 @@ def renorm_schedule(
     before the forward passes of each optimizer step, also of a resumed run: it depends on nothing but its
     arguments. It fills the buffers `r_max` and `d_max` in place, and sets `warm_start`: the running averages
     are plain averages of the batches until `momentum` outweighs those, and never remember their initial
-    values.
+    values. A layer with an `r_min` of its own keeps that.
 
     Args:
         model: any module; what is not a `BatchRenorm` is left alone.
