@@ -148,7 +148,7 @@ def parametrization_of(layer: nn.Module) -> parametrize.ParametrizationList:
 
 def described(path: str, layer: nn.Module) -> str:
     """The layer with its path, for messages."""
-    return f"{path or 'the layer'} ({layer})"
+    return f"{path or 'the layer'} ({type(layer).__name__}({layer.extra_repr()}))"
 
 
 class _GroupedWeightNorm(nn.Module):
@@ -214,9 +214,12 @@ def _layers(
         if isinstance(module, types):
             paths.setdefault(module, []).append(path)
     if not paths:
-        hint = "" if nn.Linear in types else "; linear=True takes its Linear layers, if it has some"
-        named = " or ".join(kind.__name__.strip("_") for kind in types)
-        raise ValueError(f"{what}: {type(model).__name__} has no {named}{hint}")
+        missing = (
+            "neither Linear layer nor convolution"
+            if nn.Linear in types
+            else "no convolution; linear=True takes Linear layers too"
+        )
+        raise ValueError(f"{what}: {type(model).__name__} has {missing}")
 
     def matching(patterns: str | Iterable[str]) -> set[Layer]:
         found = set()
