@@ -1,1 +1,26 @@
 """bnlight: which normalization should my network use, at my batch size, on my GPUs?"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnlight.surgery import constrain_norm as constrain_norm
+    from bnlight.surgery import norm_parameters as norm_parameters
+    from bnlight.surgery import norm_penalty as norm_penalty
+    from bnlight.surgery import sync_norm as sync_norm
+    from bnlight.surgery import unsync_norm as unsync_norm
+
+_HOMES = {
+    "constrain_norm": "surgery",
+    "norm_parameters": "surgery",
+    "norm_penalty": "surgery",
+    "sync_norm": "surgery",
+    "unsync_norm": "surgery",
+}
+__all__ = ["constrain_norm", "norm_parameters", "norm_penalty", "sync_norm", "unsync_norm"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -99,6 +99,14 @@ class BatchStatistics(Norm):
     def process_group(self, group: ProcessGroup) -> None:
         self.meeting = Meeting(group)
 
+    def ranks(self) -> int:
+        """Number of ranks whose batches make the statistics; evaluation never asks the others."""
+        return self.meeting.ranks() if self.training else 1
+
+    def row_length(self) -> int:
+        """How many numbers the layer sends to the other ranks at once."""
+        return 1 + 3 * self.num_features
+
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the number of batches to 0."""
         if (
@@ -117,7 +125,7 @@ class BatchStatistics(Norm):
         """Normalize by the batch or by the running averages, whichever this mode uses."""
         if not self._uses_batch():
             return self._by_running_statistics(x, weight, bias)
-        ranks = self.meeting.ranks()
+        ranks = self.ranks()
         groups, values = self._groups(x)
         if ranks == 1 and valid is None and values <= self.too_few:
             self._refuse(x, values == 1 and self.small_batch == "error")
@@ -156,17 +164,20 @@ class BatchStatistics(Norm):
         """Move the running averages one step towards the mean of the groups, of all ranks."""
         if self.running_mean is None or not self.training:
             return
-        kind = self.running_mean.dtype
-        targets, rate = [batch.mean, self.spread(batch)], self.rate()
-        if used is not None:
+        kind, rate = self.running_mean.dtype, self.rate()
+        targets = [batch.mean, self.spread(batch)]
+        if used is None and batch.mean.dim() > 1:
+            targets = [target.mean(0) for target in targets]
+        elif used is not None:
             used = used.expand_as(batch.mean).view(-1, self.num_features)
             counts = used.sum(0)
             targets = [(t.view(used.shape) * used).sum(0) / counts.clamp(min=1) for t in targets]
-            if self.virtual_batch_size is not None and self.meeting.ranks() > 1:
-                targets, counts = self.meeting.average(targets, counts.to(batch.mean.dtype))
-            rate = (rate * (counts > 0)).to(kind)
-        elif batch.mean.dim() > 1:
-            targets = [target.mean(0) for target in targets]
+            rate = rate * (counts > 0).to(kind)
+        if self.virtual_batch_size is not None and self.ranks() > 1:
+            groups = batch.mean.numel() // self.num_features
+            weight = torch.full_like(targets[0], groups) if used is None else counts.to(batch.mean.dtype)
+            targets, total = self.meeting.average(targets, weight)
+            rate = self.rate() * (total > 0).to(kind)
         mean, spread = (converted(target, kind) for target in targets)
         self.update(mean, spread, rate)
 
@@ -196,7 +207,7 @@ class BatchStatistics(Norm):
 
     def way_back(self) -> WayBack | None:
         """How the gradients of mean and variance reach the values where the batch is not the whole of them."""
-        together = self.virtual_batch_size is None and self.meeting.ranks() > 1
+        together = self.virtual_batch_size is None and self.ranks() > 1
         return self._sum_over_ranks if together else None
 
     def _sum_over_ranks(self, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,21 +235,23 @@ class BatchStatistics(Norm):
         return batches.normalize(weight, bias, plan, self.eps, self.way_back())
 
     def _new_plan(self, x: Tensor, local: Moments) -> Plan:
-        together = self.virtual_batch_size is None and self.meeting.ranks() > 1
+        together = self.virtual_batch_size is None and self.ranks() > 1
         batch = self.meeting.merge(local) if together else local
         used = share = None
-        if isinstance(batch.number, Tensor):  # groups with too few values take the running statistics
+        number = batch.number
+        if isinstance(number, int) and number <= self.too_few:
+            number = torch.full_like(batch.mean, number)
+        if isinstance(number, Tensor):  # groups with too few values take the running statistics
             if self.small_batch == "error" and not (isinstance(local.number, int) and local.number > 1):
-                self._refuse(x, not torch.compiler.is_compiling() and bool((batch.number == 1).any()))
-            used = batch.number > self.too_few
-            share = torch.where(used, 1 / batch.number, 0)
-            mean, var = self.running_statistics(batch.mean)
-            batch = batch._replace(
-                mean=torch.where(used, batch.mean, mean), var=torch.where(used, batch.var, var)
+                self._refuse(x, not torch.compiler.is_compiling() and bool((number == 1).any()))
+            used = number > self.too_few
+            share = torch.where(used, 1 / number, 0)
+            running = self.running_statistics(batch.mean)
+            mean, var = (
+                torch.where(used, mine, theirs) for mine, theirs in zip(batch[:2], running, strict=True)
             )
-            self._count_batch(batch.number.ne(1).any())
-        else:
-            self._count_batch(1)
+            batch = Moments(mean, var, number, batch.samples)
+        self._count_batch(1 if isinstance(number, int) else (number != 1).any())
         plan = self.step(batch, used)
         if self.jitter is not None and self.training:
             scale, shift = (torch.empty_like(plan.mean).uniform_(-width, width) for width in self.jitter)

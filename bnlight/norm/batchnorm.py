@@ -69,7 +69,7 @@ class BatchNorm(BatchStatistics):
             or groups > 1
             or (self.counts_batches() and (torch.compiler.is_compiling() or x.device.type != "cpu"))
             or (self.jitter is not None and self.training)
-            or self.meeting.ranks() > 1
+            or self.ranks() > 1
             or (mean is not None and mean.dtype != statistics_dtype(x.dtype))
         ):
             return super()._by_batch_statistics(x, valid, groups, weight, bias)

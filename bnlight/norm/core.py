@@ -160,6 +160,13 @@ WayBack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From this batch's gradients with respect to mean and variance to those that its values receive."""
 
 
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` in one elementwise pass."""
+    if x.numel() == 0:
+        return x.clone()  # the kernel divides by the number of values
+    return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+
+
 class _Normalize(torch.autograd.Function):
     """One elementwise pass forward and one native call backward; see `normalize`."""
 
@@ -182,7 +189,7 @@ class _Normalize(torch.autograd.Function):
             weight, bias = weight * r, torch.addcmul(bias, weight, d)
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
         ctx.eps, ctx.way_back = eps, way_back
-        return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
+        return _affine(x, weight, bias, mean, var, eps)
 
     @staticmethod
     @once_differentiable  # differentiating this backward again would be silently wrong
@@ -194,9 +201,12 @@ class _Normalize(torch.autograd.Function):
             needed = [ctx.needs_input_grad[0], True, True]
             dx, dweight, dbias = _backward(dy, x, weight, None, None, mean, invstd, True, eps, needed)
         else:
-            dx, dweight, dbias = _backward(
-                dy, x, weight, mean, var, None, None, False, eps, [True, True, True]
-            )
+            if x.numel() == 0:
+                dx, dweight, dbias = dy.clone(), torch.zeros_like(mean), torch.zeros_like(mean)
+            else:
+                dx, dweight, dbias = _backward(
+                    dy, x, weight, mean, var, None, None, False, eps, [True, True, True]
+                )
             # So far the statistics were constants. Each value also moves them, by its share.
             scale = weight * invstd
             dmean, dvar = -scale * dbias, -scale * invstd * dweight / 2
@@ -204,7 +214,7 @@ class _Normalize(torch.autograd.Function):
                 dmean, dvar = ctx.way_back(dmean, dvar)
             # dx += share * (dmean + 2 * (x - mean) * dvar), again one elementwise pass.
             slope = 2 * share * dvar / invstd
-            dx += torch.native_batch_norm(x, slope, share * dmean, mean, var, False, 0.0, eps)[0]
+            dx += _affine(x, slope, share * dmean, mean, var, eps)
         if r is not None:
             dweight = torch.addcmul(dbias * d, dweight, r)
         return dx, dweight, dbias, *[None] * 7

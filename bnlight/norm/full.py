@@ -1,5 +1,6 @@
 """Full normalization: the statistics of the data set, in the gradient too."""
 
+from functools import partial
 from typing import ClassVar, Unpack
 
 import torch
@@ -50,9 +51,7 @@ class FullNorm(BatchStatistics):
     mean_grad: Tensor
     var_grad: Tensor
 
-    def __init__(
-        self, num_features: int, *, momentum: float | None = 0.1, **shared: Unpack[Shared]
-    ) -> None:
+    def __init__(self, num_features: int, *, momentum: float | None = 0.1, **shared: Unpack[Shared]) -> None:
         super().__init__(num_features, momentum=momentum, small_batch="running", **shared)
         self.register_buffer("mean_grad", new_statistic(0, (num_features,), shared))
         self.register_buffer("var_grad", new_statistic(0, (num_features,), shared))
@@ -81,10 +80,12 @@ class FullNorm(BatchStatistics):
         self.running_mean.lerp_(mean, rate)
 
     def way_back(self) -> WayBack:
-        return self._follow_gradients
+        return partial(self._follow_gradients, super().way_back())
 
-    def _follow_gradients(self, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, Tensor]:
-        if (over_ranks := super().way_back()) is not None:
+    def _follow_gradients(
+        self, over_ranks: WayBack | None, dmean: Tensor, dvar: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if over_ranks is not None:
             dmean, dvar = over_ranks(dmean, dvar)
         rate = self.rate()
         for average, gradient in ((self.mean_grad, dmean), (self.var_grad, dvar)):

@@ -1,5 +1,6 @@
 """Mean-only batch normalization."""
 
+from functools import partial
 from typing import Unpack
 
 import torch
@@ -54,9 +55,10 @@ class MeanOnlyBatchNorm(BatchStatistics):
         return mean, torch.ones_like(mean)
 
     def way_back(self) -> WayBack:
-        return self._through_the_mean
+        return partial(_through_the_mean, super().way_back())
 
-    def _through_the_mean(self, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, Tensor]:
-        if (over_ranks := super().way_back()) is not None:
-            dmean, dvar = over_ranks(dmean, dvar)
-        return dmean, torch.zeros_like(dvar)
+
+def _through_the_mean(over_ranks: WayBack | None, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, Tensor]:
+    if over_ranks is not None:
+        dmean, dvar = over_ranks(dmean, dvar)
+    return dmean, torch.zeros_like(dvar)

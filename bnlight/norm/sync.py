@@ -105,7 +105,7 @@ class Meeting:
         header = row.new_tensor([self.layer, _PURPOSES.index(purpose), call])
         # Rows of one length for all layers: ranks that meet in different ones must still understand each other.
         padding = row.new_zeros(max(0, self.width - size))
-        rows = row.new_empty(self.ranks(), _HEADER + size + len(padding))
+        rows = row.new_empty(self.ranks() * (_HEADER + size + len(padding)))
         # Only gloo waits on the host; elsewhere that would stall the device.
         patience = self.timeout if dist.get_backend(group) == "gloo" else None
         try:
@@ -118,6 +118,7 @@ class Meeting:
                 "must still pass an empty one"
             ) from error
         self.calls[purpose] = call
+        rows = rows.view(self.ranks(), -1)
         self._check(rows[:, :_HEADER], purpose, call)
         return rows[:, _HEADER : _HEADER + size]
 
