@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnlight.norm import NORMS, BatchNorm, BatchRenorm, GroupNorm, InstanceNorm, LayerNorm
+from bnlight.norm import (
+    NORMS,
+    BatchNorm,
+    BatchRenorm,
+    DynamicTanh,
+    FilterResponseNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    RMSNorm,
+)
 
 BATCH = {
     "batch": lambda **o: BatchNorm(4, momentum=0.3, **o),
@@ -20,6 +30,10 @@ SAMPLE = {
     "channels": lambda **o: LayerNorm(4, over="channels", **o),
     "group": lambda **o: GroupNorm(4, num_groups=2, **o),
     "instance": lambda **o: InstanceNorm(4, **o),
+    "rms": lambda **o: RMSNorm(4, **o),
+    "rms of the sample": lambda **o: RMSNorm(4, over="sample", **o),
+    "frn": lambda **o: FilterResponseNorm(4, learn_eps=True, tlu=True, **o),
+    "tanh": lambda **o: DynamicTanh(4, **o),
 }
 SHAPES = [(5, 4), (5, 4, 6), (3, 4, 3, 2)]
 

@@ -1,4 +1,4 @@
-"""LayerNorm, GroupNorm and InstanceNorm are torch's, in every layout; NoNorm is nothing."""
+"""The layers of one sample are torch's or their formula, in every layout; NoNorm is nothing."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnlight.norm import GroupNorm, InstanceNorm, LayerNorm, NoNorm
+from bnlight.norm import FilterResponseNorm, GroupNorm, InstanceNorm, LayerNorm, NoNorm, RMSNorm, arrange
 from bnlight.norm.core import memory_layout
 
 SHAPES = [(6, 8), (3, 8, 5), (3, 8, 5, 2), (2, 8, 3, 2, 2)]
@@ -16,6 +16,16 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def channels_norm(x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
     return F.layer_norm(x.movedim(1, -1), (x.size(1),), w, b, eps).movedim(-1, 1)
+
+
+def affine(x: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+    view = (-1, *[1] * (x.dim() - 2))
+    return x * (1 if w is None else w.view(view)) + (0 if b is None else b.view(view))
+
+
+def divided(axes):
+    """The formula of the layers that divide by the root mean square over `axes(x)`."""
+    return lambda x, w, b, eps: affine(x / (x.square().mean(axes(x), keepdim=True) + eps).sqrt(), w, b)
 
 
 CASES = {
@@ -33,6 +43,12 @@ CASES = {
         lambda **o: InstanceNorm(8, **o),
         lambda x, w, b, eps: F.instance_norm(x, weight=w, bias=b, eps=eps),
     ),
+    "rms": (lambda **o: RMSNorm(8, **o), divided(lambda x: [1])),
+    "rms of the sample": (
+        lambda **o: RMSNorm(8, over="sample", **o),
+        divided(lambda x: [*range(1, x.dim())]),
+    ),
+    "frn": (lambda **o: FilterResponseNorm(8, **o), divided(lambda x: [*range(2, x.dim())])),
 }
 
 
@@ -52,10 +68,14 @@ def assert_close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"eps": 0.1}, {"affine": False}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("large", [1, arrange.LARGE], ids=["one by one", "at once"])
 @pytest.mark.parametrize(("make", "reference"), CASES.values(), ids=CASES)
-def test_output_and_gradients_are_torchs_in_every_layout(make, reference, shape, options, dtype):
+def test_output_and_gradients_are_torchs_in_every_layout(
+    make, reference, large, shape, options, dtype, monkeypatch
+):
+    monkeypatch.setattr(arrange, "LARGE", large)
     layer, last = make(dtype=dtype, **options), make(dtype=dtype, channel_dim=-1, **options)
-    if len(shape) == 2 and isinstance(layer, InstanceNorm):
+    if len(shape) == 2 and isinstance(layer, InstanceNorm | FilterResponseNorm):
         return
     for parameter in layer.parameters():
         nn.init.normal_(parameter)

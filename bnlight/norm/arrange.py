@@ -77,20 +77,23 @@ def standardized(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tens
     return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, False)
 
 
-def mean_square(x: Tensor) -> Tensor:
-    """Mean of the squares of each channel, in the statistics' dtype."""
-    result: Tensor = _MeanSquare.apply(x)  # type: ignore[no-untyped-call]
-    return result
+def mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, in the statistics' dtype, for formulas made of them."""
+    mean, var = _MeanVar.apply(x)  # type: ignore[no-untyped-call]
+    return mean, var
 
 
-class _MeanSquare(torch.autograd.Function):
+class _MeanVar(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, var, *_ = moments(x)
-        return torch.addcmul(var, mean, mean)
+        ctx.save_for_backward(x, mean)
+        return mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return affine(x, grad * (2 * x.size(1) / x.numel()))
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        # (dmean + 2 * (x - mean) * dvar) / number, one pass.
+        share = x.size(1) / x.numel()
+        slope = 2 * share * dvar
+        return affine(x, slope, share * dmean - slope * mean)

@@ -5,7 +5,7 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from bnlight.norm.arrange import affine, by_channel, by_position, by_sample, mean_square
+from bnlight.norm.arrange import affine, by_channel, by_position, by_sample, mean_var
 from bnlight.norm.base import Affine
 from bnlight.norm.core import converted, per_channel, statistics_dtype
 from bnlight.norm.sample import SampleStatistics
@@ -15,7 +15,8 @@ SIGN = "weight * sign(x) + bias"
 
 def inverse_rms(x: Tensor, eps: Tensor | float, share: Tensor | float = 1) -> Tensor:
     """`1 / sqrt(mean(x**2) + eps)` per channel; `share` says which share of its values is valid, not zero."""
-    return (mean_square(x) / share + eps).rsqrt()
+    mean, var = mean_var(x)
+    return (torch.addcmul(var, mean, mean) / share + eps).rsqrt()
 
 
 def valid_share(x: Tensor, valid: Tensor | None) -> Tensor:

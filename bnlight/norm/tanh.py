@@ -41,5 +41,5 @@ class DynamicTanh(Norm):
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
         # As a weight of the channels alpha's gradient is summed in full precision.
         alpha = converted(self.alpha, statistics_dtype(x.dtype)).expand(x.size(1))
-        y = affine(x, alpha.contiguous()).tanh()
+        y = affine(x, alpha.contiguous()).tanh_()
         return keep_layout(affine(y, *self.full_affine(x)) if self.affine else y, x)
