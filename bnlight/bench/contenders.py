@@ -53,8 +53,8 @@ def layers(norms: list[str], x: Tensor) -> dict[str, nn.Module]:
     plain = nn.BatchNorm1d if x.dim() == 2 else nn.BatchNorm2d
     chosen: dict[str, nn.Module] = {BASELINE: plain(c, device=device)}
     for name in norms:
-        if name == "instance" and x.dim() == 2:
-            continue
+        if name in ("instance", "frn") and x.dim() == 2:
+            continue  # one value per channel
         if name == "virtual":
             chosen[name] = BatchNorm(c, virtual_batch_size=max(1, n // 4), device=device)
         else:
