@@ -2,5 +2,6 @@
 
 from bnlight.lightning.regularize import ConstrainNorm, PenalizeNorm
 from bnlight.lightning.renorm import RenormSchedule
+from bnlight.lightning.weight import InitializeWeightNorm
 
-__all__ = ["ConstrainNorm", "PenalizeNorm", "RenormSchedule"]
+__all__ = ["ConstrainNorm", "InitializeWeightNorm", "PenalizeNorm", "RenormSchedule"]

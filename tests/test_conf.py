@@ -52,8 +52,7 @@ def test_each_option_composes_and_its_keys_are_arguments_of_its_target(group: st
             continue
         known = arguments(part)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-            keys = {key for key in part if not key.startswith("_")}
-            assert keys - ({"initialize"} if group == "weight" else set()) <= known.keys()  # a callback's
+            assert {key for key in part if not key.startswith("_")} <= known.keys()
 
 
 @pytest.mark.parametrize("name", [path.stem for path in Path(bnlight.sweeps.__path__[0]).glob("*.yaml")])

@@ -24,9 +24,10 @@ from torch.nn.utils import parametrizations, parametrize
 
 import bnlight.norm.weight
 import bnlight.norm.weight_init
+from bnlight.callbacks import InitializeWeightNorm
 from bnlight.cli import main
 from bnlight.data import Digits
-from bnlight.lightning import Classifier, InitializeWeightNorm
+from bnlight.lightning import Classifier
 from bnlight.models import CNN, MLP, ResNet
 from bnlight.norm import NORMS, initialize_weight_norm, weight_norm, weight_standardization
 from bnlight.surgery import norm_parameters
@@ -458,7 +459,7 @@ def test_an_error_in_a_later_layer_undoes_the_earlier_ones():
 
 
 def test_a_model_without_weight_norm_is_refused():
-    with pytest.raises(ValueError, match="call weight_norm first"):
+    with pytest.raises(ValueError, match=r"call weight_norm\(model\) first"):
         initialize_weight_norm(weight_standardization(network()), torch.randn(2, 1, 8, 8))
 
 
@@ -472,6 +473,7 @@ def test_the_examples_run(module):
 # --- jobs
 
 FEW = [f"+trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
+INITIALIZED = ["callbacks=[default,initialize_weight_norm]"]
 PLAIN = [argument for argument in SMALL if not argument.startswith("model")]
 
 
@@ -487,10 +489,10 @@ def job_of(project: Path) -> Path:
             "weight=weight_norm",
             "model=mlp",
             "model.depth=1",
-            "weight.initialize=true",
+            *INITIALIZED,
             "trainer.precision=bf16-true",
         ],
-        ["weight=weight_norm", "model=cnn", "model.widths=[4,4]", "weight.initialize=true"],
+        ["weight=weight_norm", "model=cnn", "model.widths=[4,4]", *INITIALIZED],
         ["weight=weight_norm", "model=resnet", "model.depth=8", "model.width=4", "weight.exclude=classifier"],
         ["weight=weight_standardization", "norm=group", "model=resnet", "model.depth=8", "model.width=4"],
     ],
@@ -510,7 +512,7 @@ def test_it_trains_from_the_command_line_and_its_checkpoints_load(
 
 
 def test_the_weight_is_part_of_a_jobs_identity(project: Path) -> None:
-    options = [[], ["weight=weight_norm"], ["weight=weight_norm", "weight.initialize=true"]]
+    options = [[], ["weight=weight_norm"], ["weight=weight_norm", *INITIALIZED]]
     for option in options:
         assert main(["train", *SMALL, *FEW, "norm=none", *option]) == 0
     jobs = [path.parent for path in project.glob("outputs/train/*/result.json")]
@@ -524,7 +526,8 @@ def test_an_unknown_option_lists_the_choices_and_a_model_without_convolutions_sa
 ) -> None:
     assert main(["train", *SMALL, "weight=weight_nrom"]) == 2
     assert "weight_standardization" in capsys.readouterr().err
-    assert main(["train", *SMALL, "weight.initialize=true"]) == 2
+    assert main(["train", *SMALL, *INITIALIZED]) == 1
+    assert "weight=weight_norm" in capsys.readouterr().out
     assert main(["train", *SMALL, "weight=weight_standardization"]) == 1
     assert "MLP has no convolution; linear=True" in capsys.readouterr().out
 
@@ -593,7 +596,7 @@ def test_two_ranks_start_from_rank_0s_batch_and_stay_equal(
 ) -> None:
     (project / "mine.py").write_text(MINE)
     arguments = [*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "data=custom", "data._target_=mine.Data"]
-    done = bnlight("train", *arguments, "norm=none", "weight=weight_norm", "weight.initialize=true")
+    done = bnlight("train", *arguments, "norm=none", "weight=weight_norm", *INITIALIZED)
     assert done.returncode == 0, done.stdout + done.stderr
     zero, one = (json.loads((project / f"seen-{rank}.json").read_text()) for rank in (0, 1))
     assert zero["sums"] == one["sums"]

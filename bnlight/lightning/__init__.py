@@ -8,16 +8,14 @@ if TYPE_CHECKING:
     from bnlight.lightning.classifier import Classifier as Classifier
     from bnlight.lightning.divergence import StopOnDivergence as StopOnDivergence
     from bnlight.lightning.timing import StepTimer as StepTimer
-    from bnlight.lightning.weight import InitializeWeightNorm as InitializeWeightNorm
 
 _HOMES = {
     "Checkpoint": "checkpoint",
     "Classifier": "classifier",
-    "InitializeWeightNorm": "weight",
     "StepTimer": "timing",
     "StopOnDivergence": "divergence",
 }
-__all__ = ["Checkpoint", "Classifier", "InitializeWeightNorm", "StepTimer", "StopOnDivergence"]
+__all__ = ["Checkpoint", "Classifier", "StepTimer", "StopOnDivergence"]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,7 +51,8 @@ def initialize_weight_norm(model: M, batch: Any, *, forward: Callable[[Any], obj
             layers.setdefault(layer.g, layer)
     if not layers:
         raise ValueError(
-            f"initialize_weight_norm: {type(model).__name__} has no weight-normalized layer; call weight_norm first"
+            f"initialize_weight_norm: {type(model).__name__} has no weight-normalized layer; call "
+            "weight_norm(model) first (in a job: weight=weight_norm)"
         )
     handles = [handle for layer in layers.values() for handle in layer.hooks()]
     try:

@@ -16,7 +16,6 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from bnlight.lightning.build import complete, instantiate, model_config
 from bnlight.lightning.divergence import StopOnDivergence
 from bnlight.lightning.timing import StepTimer
-from bnlight.lightning.weight import InitializeWeightNorm
 from bnlight.run.metrics import MetricsFile
 from bnlight.run.processes import this_rank
 from bnlight.run.progress import Heartbeat, progress_display
@@ -67,8 +66,9 @@ def build_module(config: Mapping[str, Any], data: Any) -> pl.LightningModule:
             f"{type(data).__name__} has no {' and no '.join(missing)}: the model is built for them. Give the data "
             "module the attributes input_shape (of one sample, such as (1, 28, 28)) and num_classes (an int)."
         )
-    weight = {key: value for key, value in config["weight"].items() if key != "initialize"}
-    model = model_config(config["model"], config["norm"], weight, data.input_shape, data.num_classes)
+    model = model_config(
+        config["model"], config["norm"], config["weight"], data.input_shape, data.num_classes
+    )
     parts = {name: config[name] for name in ("optimizer", "scheduler")}
     module = complete(config["module"], model=model, num_classes=data.num_classes, **parts)
     built: pl.LightningModule = instantiate(module, _recursive_=False)
@@ -85,8 +85,6 @@ def build_trainer(
         for callback in config["callbacks"].values()
         if callback
     ]
-    if config["weight"].get("initialize"):
-        callbacks.append(InitializeWeightNorm())
     callbacks += [
         StepTimer(),
         Heartbeat(directory),
