@@ -1,13 +1,18 @@
 """The callbacks around norms, in real trainings: counted in optimizer steps, resumable, exact; and their functions."""
 
 import copy
+import inspect
 import math
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
+import bnlight.conf
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -361,3 +366,20 @@ def test_in_a_sweep_over_norms_a_callback_without_its_layers_warns_and_trains(no
     messages = [str(w.message) for w in caught if "has nothing to do" in str(w.message)]
     assert [m[: len(e)] for m, e in zip(messages, expected, strict=True)] == expected
     assert run.global_step == 7
+
+
+@pytest.mark.parametrize("callback", [RenormSchedule, PenalizeNorm, ConstrainNorm])
+def test_a_config_file_names_every_argument_with_its_default(callback):
+    name = re.sub("(?<=.)([A-Z])", r"_\1", callback.__name__).lower()
+    path = Path(bnlight.conf.__path__[0]) / "callbacks" / f"{name}.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(path)[name], resolve=True)
+    assert config.pop("_target_") == f"bnlight.callbacks.{callback.__name__}"
+    defaults = {key: p.default for key, p in inspect.signature(callback).parameters.items()}
+    assert {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()} == defaults
+
+
+def test_the_schedules_defaults_are_those_of_its_function():
+    callback, function = (inspect.signature(f).parameters for f in (RenormSchedule, renorm_schedule))
+    shared = callback.keys() & function.keys() - {"total_steps"}
+    assert len(shared) == 5
+    assert all(callback[key].default == function[key].default for key in shared)

@@ -34,9 +34,9 @@ class RenormSchedule(pl.Callback):
         *,
         r_max: float = 3.0,
         d_max: float = 5.0,
-        warmup: float = 5 / 130,
-        r_max_at: float = 40 / 130,
-        d_max_at: float = 25 / 130,
+        warmup: float = 0.04,
+        r_max_at: float = 0.32,
+        d_max_at: float = 0.2,
     ) -> None:
         self.total_steps = total_steps
         self.shape = {

@@ -12,9 +12,9 @@ def renorm_schedule(
     *,
     r_max: float = 3.0,
     d_max: float = 5.0,
-    warmup: float = 5 / 130,
-    r_max_at: float = 40 / 130,
-    d_max_at: float = 25 / 130,
+    warmup: float = 0.04,
+    r_max_at: float = 0.32,
+    d_max_at: float = 0.2,
 ) -> int:
     """Set the bounds of every `BatchRenorm` in the model for one optimizer step; return how many there are.
 
@@ -31,19 +31,19 @@ def renorm_schedule(
         model: any module; what is not a `BatchRenorm` is left alone.
         step: optimizer steps done so far. Not forward passes: with accumulated gradients, virtual batches or
             passes without a gradient those run ahead.
-        total_steps: optimizer steps planned. 130_000 gives the paper's own schedule in absolute steps.
+        total_steps: optimizer steps planned; 125_000 makes the default shares the paper's numbers of steps.
         r_max, d_max: bounds at the end, at least 1 and 0.
         warmup, r_max_at, d_max_at: shares of the run, in [0, 1], at which the warm-up ends and each bound is
             reached.
 
     Raises ValueError for a negative step, no planned steps, or shares out of order.
 
-    Source: Ioffe 2017 (arXiv 1702.03275), section 4: warm-up of 5 thousand steps, d_max at 25 and r_max at 40
-    thousand; the default shares take these of the 130 thousand steps of its baseline.
+    Source: Ioffe 2017 (arXiv 1702.03275), section 4: 5 thousand steps of warm-up, d_max at 25 and r_max at 40
+    thousand. The default shares are these of 125 thousand steps, about the length of its experiments.
 
     >>> layer = BatchRenorm(8)
     >>> for step in (0, 5_000, 15_000, 40_000):
-    ...     _ = renorm_schedule(layer, step, 130_000)
+    ...     _ = renorm_schedule(layer, step, 125_000)
     ...     print(f"{step}: {layer.r_max:.2f} {layer.d_max:.2f}")
     0: 1.00 0.00
     5000: 1.00 0.00
