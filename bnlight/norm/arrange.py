@@ -77,23 +77,26 @@ def standardized(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tens
     return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, False)
 
 
-def mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, in the statistics' dtype, for formulas made of them."""
-    mean, var = _MeanVar.apply(x)  # type: ignore[no-untyped-call]
+def mean_var(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, in the statistics' dtype, for formulas made of them.
+
+    Only values where `valid`, of x's shape, is True count; elsewhere `x` is zero, and its gradient wrong.
+    """
+    mean, var = _MeanVar.apply(x, valid)  # type: ignore[no-untyped-call]
     return mean, var
 
 
 class _MeanVar(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var, *_ = moments(x)
+    def forward(ctx: Any, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        mean, var, number, _ = moments(x, valid)
+        ctx.number = number if isinstance(number, int) else number.clamp(min=1)
         ctx.save_for_backward(x, mean)
         return mean, var
 
     @staticmethod
-    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> Tensor:
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         # (dmean + 2 * (x - mean) * dvar) / number, one pass.
-        share = x.size(1) / x.numel()
-        slope = 2 * share * dvar
-        return affine(x, slope, share * dmean - slope * mean)
+        slope = 2 * dvar / ctx.number
+        return affine(x, slope, dmean / ctx.number - slope * mean), None

@@ -1,5 +1,6 @@
 """What the layers share whose statistics come from the batch: running averages, virtual and small batches."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -80,6 +81,7 @@ class BatchStatistics(Norm):
         self.virtual_batch_size = virtual_batch_size
         self.small_batch = small_batch
         self.jitter = jitter
+        self.observer: Callable[[Moments, Tensor | None], None] | None = None
         self.meeting = Meeting()
         self._calls = Calls()
         buffers = {
@@ -123,15 +125,20 @@ class BatchStatistics(Norm):
 
     def normalize_batch(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         """Normalize by the batch or by the running averages, whichever this mode uses."""
+        if self.takes_batch(x, valid):
+            return self.by_batch_statistics(x, valid, weight, bias)
+        return self.by_running_statistics(x, weight, bias)
+
+    def takes_batch(self, x: Tensor, valid: Tensor | None) -> bool:
+        """Whether this batch is normalized by its own statistics; too small a one is counted or refused."""
         if not self._uses_batch():
-            return self._by_running_statistics(x, weight, bias)
-        ranks = self.ranks()
+            return False
         groups, values = self._groups(x)
-        if ranks == 1 and valid is None and values <= self.too_few:
-            self._refuse(x, values == 1 and self.small_batch == "error")
-            self._count_batch(values == 0)
-            return self._by_running_statistics(x, weight, bias)
-        return self._by_batch_statistics(x, valid, groups, weight, bias)
+        if valid is not None or values > self.too_few or self.ranks() > 1:
+            return True
+        self._refuse(x, values == 1 and self.small_batch == "error")
+        self._count_batch(values == 0)
+        return False
 
     def step(self, batch: Moments, used: Tensor | None) -> Plan:
         """Move the running averages, in training, and say how the batch is normalized.
@@ -164,17 +171,20 @@ class BatchStatistics(Norm):
         """Move the running averages one step towards the mean of the groups, of all ranks."""
         if self.running_mean is None or not self.training:
             return
+        if self.observer is not None:
+            self.observer(batch, used)
+            return
         kind, rate = self.running_mean.dtype, self.rate()
         targets = [batch.mean, self.spread(batch)]
         if used is None and batch.mean.dim() > 1:
             targets = [target.mean(0) for target in targets]
         elif used is not None:
-            used = used.expand_as(batch.mean).view(-1, self.num_features)
+            used = used.expand_as(batch.mean).view(-1, batch.mean.size(-1))
             counts = used.sum(0)
             targets = [(t.view(used.shape) * used).sum(0) / counts.clamp(min=1) for t in targets]
             rate = rate * (counts > 0).to(kind)
         if self.virtual_batch_size is not None and self.ranks() > 1:
-            groups = batch.mean.numel() // self.num_features
+            groups = batch.mean.numel() // batch.mean.size(-1)
             weight = torch.full_like(targets[0], groups) if used is None else counts.to(batch.mean.dtype)
             targets, total = self.meeting.average(targets, weight)
             rate = self.rate() * (total > 0).to(kind)
@@ -214,7 +224,8 @@ class BatchStatistics(Norm):
         dmean, dvar = self.meeting.sum(dmean, dvar)
         return dmean, dvar
 
-    def _by_running_statistics(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def by_running_statistics(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Normalize by the running averages."""
         mean, var = self.running_statistics(weight)
         if self.training:  # the next batch may move the averages before this one's backward reads them
             mean, var = mean.clone(), var.clone()
@@ -222,17 +233,24 @@ class BatchStatistics(Norm):
             x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled
         )
 
-    def _by_batch_statistics(
-        self, x: Tensor, valid: Tensor | None, groups: int, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        batches = VirtualBatches(x, valid, groups)
+    def by_batch_statistics(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        """Normalize each virtual batch by its own statistics."""
+        batches = self.virtual_batches(x, valid)
         with torch.no_grad():
-            local = batches.moments()
-            plan = self._calls.recall(local)
-            if plan is None:
-                plan = self._new_plan(x, local)
-                self._calls.remember(local, plan)
+            plan = self.plan_for(x, batches.moments())
         return batches.normalize(weight, bias, plan, self.eps, self.way_back())
+
+    def virtual_batches(self, x: Tensor, valid: Tensor | None) -> VirtualBatches:
+        """The groups of the batch that have statistics of their own."""
+        return VirtualBatches(x, valid, self._groups(x)[0])
+
+    def plan_for(self, x: Tensor, local: Moments) -> Plan:
+        """How to normalize the batch `x` with these moments on this rank; the averages move if it is new."""
+        plan = self._calls.recall(local)
+        if plan is None:
+            plan = self._new_plan(x, local)
+            self._calls.remember(local, plan)
+        return plan
 
     def _new_plan(self, x: Tensor, local: Moments) -> Plan:
         together = self.virtual_batch_size is None and self.ranks() > 1
@@ -261,7 +279,7 @@ class BatchStatistics(Norm):
 
     def _count_batch(self, number: Tensor | int) -> None:
         tracked = self.num_batches_tracked if self.training else None
-        if tracked is not None:
+        if tracked is not None and self.observer is None:
             tracked.add_(number)
 
     def _uses_batch(self) -> bool:
@@ -269,7 +287,7 @@ class BatchStatistics(Norm):
 
     def _groups(self, x: Tensor) -> tuple[int, int]:
         """Number of virtual batches, and of values per channel in the smallest."""
-        values = x.numel() // self.num_features
+        values = x.numel() // x.size(1)
         if self.virtual_batch_size is None or values == 0:
             return 1, values
         samples = len(x)

@@ -59,20 +59,19 @@ class BatchNorm(BatchStatistics):
                 raise ValueError("BatchNorm: small_batch='running' needs track_running_stats=True")
             self.running_mean = self.running_var = self.num_batches_tracked = None
 
-    def _by_batch_statistics(
-        self, x: Tensor, valid: Tensor | None, groups: int, weight: Tensor, bias: Tensor
-    ) -> Tensor:
+    def by_batch_statistics(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         updates = self.training and not recomputing()
         mean, var = (self.running_mean, self.running_var) if updates else (None, None)
         if (
             valid is not None
-            or groups > 1
+            or self._groups(x)[0] > 1
+            or self.observer is not None
             or (self.counts_batches() and (torch.compiler.is_compiling() or x.device.type != "cpu"))
             or (self.jitter is not None and self.training)
             or self.ranks() > 1
             or (mean is not None and mean.dtype != statistics_dtype(x.dtype))
         ):
-            return super()._by_batch_statistics(x, valid, groups, weight, bias)
+            return super().by_batch_statistics(x, valid, weight, bias)
         if updates:
             self._count_batch(1)
         rate = float(self.rate()) if updates else 0.0

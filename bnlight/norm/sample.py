@@ -34,22 +34,7 @@ class SampleStatistics(Norm):
     def by_groups(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
         """Normalize each of a sample's groups of channels over its valid values."""
         self.warn_if_alone(x, x.numel() // max(1, len(x) * groups))
-        if valid is None or x.numel() == 0:
-            return group_norm(x, groups, *self.native_affine(x), self.eps).to(x.dtype)
-        # A sample's group becomes a channel of a batch of one.
-        values = x.to(statistics_dtype(x.dtype)).reshape(1, len(x) * groups, -1)
-        with torch.no_grad():
-            batch = moments(values, valid.expand_as(x).reshape(values.shape))
-            plan = Plan(batch.mean, batch.var, share=1 / torch.as_tensor(batch.number).clamp(min=1))
-        ones, zeros = torch.ones_like(plan.mean), torch.zeros_like(plan.mean)
-        y = normalize(values, ones, zeros, plan, self.eps).view(x.shape)
-        weight, bias = self.full_affine(x)
-        return keep_layout((y * per_channel(weight, x) + per_channel(bias, x)).to(x.dtype), x)
-
-    def native_affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias in the dtype torch's kernels take beside `x`: full on CPU, x's own elsewhere."""
-        weight, bias = self.full_affine(x)
-        return (weight, bias) if x.device.type == "cpu" else (weight.to(x.dtype), bias.to(x.dtype))
+        return by_groups(x, valid, groups, *self.full_affine(x), self.eps)
 
     def warn_if_alone(
         self,
@@ -67,6 +52,45 @@ class SampleStatistics(Norm):
             f"{instead}",
             stacklevel=2,
         )
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm of each position over its channels, in x's memory layout."""
+    if one_by_one(x) and x.is_contiguous():
+        return affine(by_position(lambda rows: standardized(rows, eps), x), weight, bias)
+    last = x if x.dim() == 2 else x.movedim(1, -1)
+    y = torch.layer_norm(last, (x.size(1),), *native(x, weight, bias), eps).to(x.dtype)
+    return y if last is x else keep_layout(y.movedim(-1, 1), x)
+
+
+def instance_norm(x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Instance norm over the valid positions, in x's memory layout."""
+    if valid is None and one_by_one(x) and in_channels_last(x):
+        rows = (vector.expand(x.shape[:2]) for vector in (weight, bias))
+        return by_channel(lambda sample, *rest: standardized(sample, eps, *rest), x, *rows)
+    # Group norm with C groups is the same, and in float32 twice as fast as torch's instance norm.
+    return by_groups(x, valid, x.size(1), weight, bias, eps)
+
+
+def by_groups(
+    x: Tensor, valid: Tensor | None, groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """Group norm over the valid values, in x's memory layout."""
+    if valid is None or x.numel() == 0:
+        return group_norm(x, groups, *native(x, weight, bias), eps).to(x.dtype)
+    # A sample's group becomes a channel of a batch of one.
+    values = x.to(statistics_dtype(x.dtype)).reshape(1, len(x) * groups, -1)
+    with torch.no_grad():
+        batch = moments(values, valid.expand_as(x).reshape(values.shape))
+        plan = Plan(batch.mean, batch.var, share=1 / torch.as_tensor(batch.number).clamp(min=1))
+    ones, zeros = torch.ones_like(plan.mean), torch.zeros_like(plan.mean)
+    y = normalize(values, ones, zeros, plan, eps).view(x.shape)
+    return keep_layout((y * per_channel(weight, x) + per_channel(bias, x)).to(x.dtype), x)
+
+
+def native(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias in the dtype torch's kernels take beside `x`: full on CPU, x's own elsewhere."""
+    return (weight, bias) if x.device.type == "cpu" else (weight.to(x.dtype), bias.to(x.dtype))
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -119,12 +143,7 @@ class LayerNorm(SampleStatistics):
         if self.over == "sample" and x.dim() > 2:
             return self.by_groups(x, valid, 1)
         self.warn_if_alone(x, self.num_features)
-        if one_by_one(x) and x.is_contiguous():
-            y = by_position(lambda rows: standardized(rows, self.eps), x)
-            return affine(y, *self.full_affine(x)) if self.affine else y
-        last = x if x.dim() == 2 else x.movedim(1, -1)
-        y = torch.layer_norm(last, (self.num_features,), *self.native_affine(x), self.eps).to(x.dtype)
-        return y if last is x else keep_layout(y.movedim(-1, 1), x)
+        return layer_norm(x, *self.full_affine(x), self.eps)
 
 
 class GroupNorm(SampleStatistics):
@@ -185,11 +204,8 @@ class InstanceNorm(SampleStatistics):
     cancels_bias: ClassVar[bool] = True
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        if valid is None and one_by_one(x) and in_channels_last(x):
-            parameters = (vector.expand(x.shape[:2]) for vector in self.full_affine(x))
-            return by_channel(lambda rows, *rest: standardized(rows, self.eps, *rest), x, *parameters)
-        # Group norm with C groups is the same, and in float32 twice as fast as torch's instance norm.
-        return self.by_groups(x, valid, self.num_features)
+        self.warn_if_alone(x, x.numel() // max(1, len(x) * self.num_features))
+        return instance_norm(x, valid, *self.full_affine(x), self.eps)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         super()._check(x, mask)
