@@ -5,6 +5,7 @@ from bnlight.norm.batchnorm import BatchNorm
 from bnlight.norm.full import FullNorm
 from bnlight.norm.keras import from_keras
 from bnlight.norm.mean_only import MeanOnlyBatchNorm
+from bnlight.norm.recurrent import NormLSTM
 from bnlight.norm.renorm import BatchRenorm
 from bnlight.norm.rms import FilterResponseNorm, RMSNorm
 from bnlight.norm.sample import GroupNorm, InstanceNorm, LayerNorm, NoNorm
@@ -40,6 +41,7 @@ __all__ = [
     "MeanOnlyBatchNorm",
     "NoNorm",
     "Norm",
+    "NormLSTM",
     "RMSNorm",
     "from_keras",
     "initialize_weight_norm",
