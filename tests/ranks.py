@@ -1,5 +1,6 @@
 """Real processes in one gloo group, for tests of what ranks do together."""
 
+import faulthandler
 import multiprocessing
 import os
 import traceback
@@ -56,6 +57,7 @@ def start(size: int, folder: Path) -> Iterator[Ranks]:
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)

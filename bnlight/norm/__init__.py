@@ -5,6 +5,7 @@ from bnlight.norm.batchnorm import BatchNorm
 from bnlight.norm.full import FullNorm
 from bnlight.norm.keras import from_keras
 from bnlight.norm.mean_only import MeanOnlyBatchNorm
+from bnlight.norm.mixed import BatchInstanceNorm, BatchLayerNorm, SwitchableNorm
 from bnlight.norm.recurrent import NormLSTM
 from bnlight.norm.renorm import BatchRenorm
 from bnlight.norm.rms import FilterResponseNorm, RMSNorm
@@ -18,6 +19,9 @@ NORMS: dict[str, type[Norm]] = {
     "batch": BatchNorm,
     "renorm": BatchRenorm,
     "full": FullNorm,
+    "batch_layer": BatchLayerNorm,
+    "batch_instance": BatchInstanceNorm,
+    "switchable": SwitchableNorm,
     "layer": LayerNorm,
     "group": GroupNorm,
     "instance": InstanceNorm,
@@ -30,6 +34,8 @@ NORMS: dict[str, type[Norm]] = {
 
 __all__ = [
     "NORMS",
+    "BatchInstanceNorm",
+    "BatchLayerNorm",
     "BatchNorm",
     "BatchRenorm",
     "DynamicTanh",
@@ -43,6 +49,7 @@ __all__ = [
     "Norm",
     "NormLSTM",
     "RMSNorm",
+    "SwitchableNorm",
     "from_keras",
     "initialize_weight_norm",
     "renorm_schedule",

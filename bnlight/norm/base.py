@@ -41,6 +41,13 @@ def new_statistic(fill: float, shape: tuple[int, ...], placement: Placement) -> 
     return torch.full(shape, fill, device=placement.get("device"), dtype=dtype)
 
 
+def new_parameter(fill: float, shape: tuple[int, ...], placement: Placement) -> nn.Parameter:
+    """A parameter, filled, on the device and of the dtype that a layer is made with."""
+    return nn.Parameter(
+        torch.full(shape, float(fill), device=placement.get("device"), dtype=placement.get("dtype"))
+    )
+
+
 class Norm(nn.Module):
     """Base of the layers: `normalize(x, valid)` is all that a subclass writes.
 

@@ -20,7 +20,6 @@ class Batch(Shared, total=False):
 
     virtual_batch_size: int | None
     small_batch: SmallBatch
-    jitter: tuple[float, float] | None
 
 
 class BatchStatistics(Norm):
@@ -99,7 +98,7 @@ class BatchStatistics(Norm):
 
     @process_group.setter
     def process_group(self, group: ProcessGroup) -> None:
-        self.meeting = Meeting(group)
+        self.meeting = Meeting(group, width=self.row_length())
 
     def ranks(self) -> int:
         """Number of ranks whose batches make the statistics; evaluation never asks the others."""
@@ -133,7 +132,7 @@ class BatchStatistics(Norm):
         """Whether this batch is normalized by its own statistics; too small a one is counted or refused."""
         if not self._uses_batch():
             return False
-        groups, values = self._groups(x)
+        _, values = self._groups(x)
         if valid is not None or values > self.too_few or self.ranks() > 1:
             return True
         self._refuse(x, values == 1 and self.small_batch == "error")

@@ -31,6 +31,9 @@ class BatchNorm(BatchStatistics):
         small_batch: what a group with one value per channel does in training. "error" raises ValueError,
             "running" normalizes it by the running averages and leaves those as they are. No values at all are
             no error, and leave the averages as they are.
+        jitter: `(scale, shift)`: in training, multiply each normalized channel by a random number from
+            `1 - scale` to `1 + scale` and add one from `-shift` to `shift`, the same for all values of a
+            (virtual) batch; Keras calls it `adjustment`. None leaves them.
 
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167), algorithms 1 and 2; virtual batches: Hoffer et al. 2017
     (arXiv 1705.08741), algorithm 1.
@@ -50,9 +53,10 @@ class BatchNorm(BatchStatistics):
         *,
         momentum: float | None = 0.1,
         track_running_stats: bool = True,
+        jitter: tuple[float, float] | None = None,
         **options: Unpack[Batch],
     ) -> None:
-        super().__init__(num_features, momentum=momentum, **options)
+        super().__init__(num_features, momentum=momentum, jitter=jitter, **options)
         self.track_running_stats = track_running_stats
         if not track_running_stats:
             if self.small_batch == "running":

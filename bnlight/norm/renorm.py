@@ -29,7 +29,7 @@ class BatchRenorm(BatchStatistics):
         num_features: number of channels C.
         momentum: weight of the new batch in the running averages; None makes them plain averages of all
             batches.
-        virtual_batch_size, small_batch: as in `BatchNorm`; each group has its own r and d.
+        virtual_batch_size, small_batch, jitter: as in `BatchNorm`; each group has its own r and d.
         r_max: bound of the correction of scale, at least 1.
         r_min: lower bound of the correction of scale; None means `1 / r_max`, as the paper, whatever `r_max` is
             now. Keras has a bound of its own.
@@ -60,9 +60,10 @@ class BatchRenorm(BatchStatistics):
         r_max: float = 3.0,
         d_max: float = 5.0,
         r_min: float | None = None,
+        jitter: tuple[float, float] | None = None,
         **options: Unpack[Batch],
     ) -> None:
-        super().__init__(num_features, momentum=momentum, **options)
+        super().__init__(num_features, momentum=momentum, jitter=jitter, **options)
         if r_max < 1 or d_max < 0:
             raise ValueError(
                 f"BatchRenorm: expected r_max >= 1 and d_max >= 0, got r_max={r_max}, d_max={d_max}"

@@ -1,0 +1,108 @@
+"""Statistics of each channel of each sample, as the parts of which other statistics are made."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bnlight.norm.arrange import affine, by_channel, mean_var
+from bnlight.norm.core import Moments, Plan, WayBack, statistics_dtype
+
+
+class InstanceMoments:
+    """Mean and biased variance of each channel of each sample of `x`, `(N, C)`, differentiable.
+
+    `number`, `(N, 1)`, is how many positions of a sample are valid. Sample n belongs to virtual batch n mod K.
+    """
+
+    def __init__(self, x: Tensor, valid: Tensor | None) -> None:
+        self.x, self.valid = x, valid
+        kind = statistics_dtype(x.dtype)
+        if x.numel() == 0:
+            # Of no value, but part of the graph: ranks without samples take part in the backward too.
+            self.mean = self.var = (x.sum([*range(2, x.dim())]) if x.dim() > 2 else x).to(kind)
+        else:
+            rows = x.reshape(1, -1, *x.shape[2:])
+            where = None if valid is None else valid.expand_as(x).reshape(rows.shape)
+            self.mean, self.var = (values.view(x.shape[:2]) for values in mean_var(rows, where))
+        self.positions = x.numel() // max(1, len(x) * x.size(1))
+        if valid is None:
+            self.number = torch.full((len(x), 1), self.positions, dtype=kind, device=x.device)
+        else:
+            self.number = valid.flatten(1).sum(1, keepdim=True).to(kind)
+
+    def normalize(self, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """`(x - mean) / sqrt(var + eps) * weight + bias`, mean and var `(N, C)`, in x's layout and dtype."""
+        slope = weight * (var + eps).rsqrt()
+        shift = bias - mean * slope
+        if self.x.numel() == 0:
+            return (self.x * slope.view(*slope.shape, *[1] * (self.x.dim() - 2))).to(self.x.dtype)
+        return by_channel(affine, self.x, slope, shift.expand_as(slope))
+
+    def merged(self, groups: int) -> Moments:
+        """The moments of the K virtual batches, `(K, C)`, or `(C,)` for K = 1."""
+        member = self._members(groups)
+        number = member @ self.number
+        mean = member @ (self.number * self.mean) / number.clamp(min=1)
+        between = (self.mean - mean[self._group(groups)]).square()
+        var = member @ (self.number * (self.var + between)) / number.clamp(min=1)
+        number_each: Tensor | int = number.expand_as(mean)
+        samples: Tensor | int = member @ (self.number > 0).to(number.dtype)
+        if self.valid is None and len(self.x) % groups == 0:
+            samples = len(self.x) // groups
+            number_each = samples * self.positions
+        if groups == 1:
+            mean, var = mean[0], var[0]
+            number_each = number_each[0] if isinstance(number_each, Tensor) else number_each
+        return Moments(mean, var, number_each, samples)
+
+    def of_batch(self, plan: Plan, groups: int, way_back: WayBack | None) -> tuple[Tensor, Tensor]:
+        """The plan's mean and variance of each sample's virtual batch, `(N, C)` or `(C,)`, differentiable."""
+        share = plan.share
+        if share is None:
+            share = torch.full_like(plan.mean, groups / (len(self.x) * self.positions))
+        parts = _OfBatch.apply(  # type: ignore[no-untyped-call]
+            self.mean, self.var, self.number, plan.mean, plan.var, share, self._group(groups), way_back
+        )
+        mean, var = parts if groups == 1 else (values[self._group(groups)] for values in parts)
+        return mean, var
+
+    def _group(self, groups: int) -> Tensor:
+        return torch.arange(len(self.x), device=self.x.device) % groups
+
+    def _members(self, groups: int) -> Tensor:
+        """`(K, N)`, 1 where a sample belongs to a virtual batch."""
+        every = torch.arange(groups, device=self.x.device)
+        return (every[:, None] == self._group(groups)).to(self.mean.dtype)
+
+
+class _OfBatch(torch.autograd.Function):
+    """The statistics of the batches, as functions of those of their samples."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean: Tensor,
+        var: Tensor,
+        number: Tensor,
+        batch_mean: Tensor,
+        batch_var: Tensor,
+        share: Tensor,
+        group: Tensor,
+        way_back: WayBack | None,
+    ) -> tuple[Tensor, Tensor]:
+        c = mean.size(1)
+        weight = number * share.expand_as(batch_mean).view(-1, c)[group]
+        ctx.save_for_backward(mean - batch_mean.view(-1, c)[group], weight, group)
+        ctx.way_back = way_back
+        return batch_mean.clone(), batch_var.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
+        deviation, weight, group = ctx.saved_tensors
+        if ctx.way_back is not None:
+            dmean, dvar = ctx.way_back(dmean, dvar)
+        dmean, dvar = (values.view(-1, deviation.size(1))[group] for values in (dmean, dvar))
+        return weight * (dmean + 2 * deviation * dvar), weight * dvar, *[None] * 6
