@@ -37,7 +37,8 @@ class InstanceMoments:
         slope = weight * (var + eps).rsqrt()
         shift = bias - mean * slope
         if self.x.numel() == 0:
-            return (self.x * slope.view(*slope.shape, *[1] * (self.x.dim() - 2))).to(self.x.dtype)
+            shape = [*slope.shape, *[1] * (self.x.dim() - 2)]
+            return (self.x * slope.view(shape) + shift.view(shape)).to(self.x.dtype)
         return by_channel(affine, self.x, slope, shift.expand_as(slope))
 
     def merged(self, groups: int) -> Moments:
