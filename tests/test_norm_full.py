@@ -44,9 +44,9 @@ def converge(net: nn.Sequential, x: Tensor, y: Tensor, size: int) -> None:
     norm.mean_grad.zero_()
     for part, labels in zip(x.split(size), y.split(size), strict=True):
         probe = copy.deepcopy(net)
-        loss = F.cross_entropy(probe(part), labels)
-        probe[1].momentum = 1.0  # the averages of the gradients become this batch's
-        loss.backward()
+        probe[1].observer = lambda batch, used: None  # the moments stay
+        probe[1].momentum = 1.0  # the gradients become this batch's
+        F.cross_entropy(probe(part), labels).backward()
         seen.append((probe[1].mean_grad, probe[1].var_grad))
     norm.mean_grad.copy_(torch.stack([mean for mean, _ in seen]).mean(0))
     norm.var_grad.copy_(torch.stack([var for _, var in seen]).mean(0))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bnlight.norm.base import Norm, Shared, new_statistic
-from bnlight.norm.core import Moments, Plan, WayBack, converted, snapshot
+from bnlight.norm.core import Moments, Plan, WayBack, can_read_values, converted, follow, snapshot
 from bnlight.norm.recompute import Calls
 from bnlight.norm.sync import Meeting, ProcessGroup
 from bnlight.norm.virtual import VirtualBatches
@@ -146,7 +146,7 @@ class BatchStatistics(Norm):
         K = 1, `(C,)`. Nothing here enters the gradient.
         """
         plan = self.plan(batch)
-        self.follow(batch, used)
+        self.follow_batch(batch, used)
         return plan
 
     def plan(self, batch: Moments) -> Plan:
@@ -163,10 +163,10 @@ class BatchStatistics(Norm):
         """Move the running averages one step towards `mean` and `spread`, in place."""
         assert self.running_mean is not None
         assert self.running_var is not None
-        self.running_mean.lerp_(mean, rate)
-        self.running_var.lerp_(spread, rate)
+        follow(self.running_mean, mean, rate)
+        follow(self.running_var, spread, rate)
 
-    def follow(self, batch: Moments, used: Tensor | None) -> None:
+    def follow_batch(self, batch: Moments, used: Tensor | None) -> None:
         """Move the running averages one step towards the mean of the groups, of all ranks."""
         if self.running_mean is None or not self.training:
             return
@@ -199,7 +199,7 @@ class BatchStatistics(Norm):
         tracked = self.num_batches_tracked
         if tracked is None or not self.counts_batches():
             return self.momentum or 0.0
-        if torch.compiler.is_compiling() or tracked.device.type != "cpu":  # without reading a value
+        if not can_read_values() or tracked.device.type != "cpu":
             return (1 / tracked.clamp(min=1)).clamp(min=self.momentum or 0.0)
         return max(1 / max(1, int(tracked)), self.momentum or 0.0)
 
@@ -260,7 +260,7 @@ class BatchStatistics(Norm):
             number = torch.full_like(batch.mean, number)
         if isinstance(number, Tensor):  # groups with too few values take the running statistics
             if self.small_batch == "error" and not (isinstance(local.number, int) and local.number > 1):
-                self._refuse(x, not torch.compiler.is_compiling() and bool((number == 1).any()))
+                self._refuse(x, can_read_values() and bool((number == 1).any()))
             used = number > self.too_few
             share = torch.where(used, 1 / number, 0)
             running = self.running_statistics(batch.mean)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bnlight.norm.batch import Batch, BatchStatistics
-from bnlight.norm.core import statistics_dtype
+from bnlight.norm.core import can_read_values, statistics_dtype
 from bnlight.norm.recompute import recomputing
 
 
@@ -70,7 +70,7 @@ class BatchNorm(BatchStatistics):
             valid is not None
             or self._groups(x)[0] > 1
             or self.observer is not None
-            or (self.counts_batches() and (torch.compiler.is_compiling() or x.device.type != "cpu"))
+            or (self.counts_batches() and (x.device.type != "cpu" or not can_read_values()))
             or (self.jitter is not None and self.training)
             or self.ranks() > 1
             or (mean is not None and mean.dtype != statistics_dtype(x.dtype))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bnlight.norm.base import Shared, new_statistic
 from bnlight.norm.batch import BatchStatistics
-from bnlight.norm.core import Moments, Plan, WayBack, converted, snapshot
+from bnlight.norm.core import Moments, Plan, WayBack, converted, follow, snapshot, transforming
 
 
 class FullNorm(BatchStatistics):
@@ -63,7 +63,7 @@ class FullNorm(BatchStatistics):
         self.var_grad.zero_()
 
     def step(self, batch: Moments, used: Tensor | None) -> Plan:
-        self.follow(batch, used)
+        self.follow_batch(batch, used)
         mean, var = self.running_statistics(batch.mean)
         number = batch.number if isinstance(batch.number, Tensor) else torch.full_like(mean[0], batch.number)
         return Plan(mean.clone(), var.clone(), share=1 / number.clamp(min=1))
@@ -76,20 +76,30 @@ class FullNorm(BatchStatistics):
         assert self.running_var is not None
         # The average of x**2, less the square of the new mean, without a difference of large numbers.
         between = (mean - self.running_mean).square() * (1 - rate)
-        self.running_var.lerp_(spread + between, rate)
-        self.running_mean.lerp_(mean, rate)
+        follow(self.running_var, spread + between, rate)
+        follow(self.running_mean, mean, rate)
 
     def way_back(self) -> WayBack:
-        return partial(self._follow_gradients, super().way_back())
+        if transforming():
+            raise RuntimeError(
+                f"{self}: training moves averages in the backward, which torch.func cannot do; call it outside of "
+                "vmap and grad, or evaluate"
+            )
+        averages = (self.mean_grad, self.var_grad)
+        return partial(_follow_gradients, averages, self.rate(), super().way_back())
 
-    def _follow_gradients(
-        self, over_ranks: WayBack | None, dmean: Tensor, dvar: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if over_ranks is not None:
-            dmean, dvar = over_ranks(dmean, dvar)
-        rate = self.rate()
-        for average, gradient in ((self.mean_grad, dmean), (self.var_grad, dvar)):
-            average.lerp_(converted(gradient, average.dtype), rate)
-        if torch.compiler.is_compiling():
-            return snapshot(self.mean_grad).to(dmean.dtype), snapshot(self.var_grad).to(dmean.dtype)
-        return self.mean_grad.to(dmean.dtype), self.var_grad.to(dmean.dtype)
+
+def _follow_gradients(
+    averages: tuple[Tensor, Tensor],
+    rate: float | Tensor,
+    over_ranks: WayBack | None,
+    dmean: Tensor,
+    dvar: Tensor,
+) -> tuple[Tensor, Tensor]:
+    if over_ranks is not None:
+        dmean, dvar = over_ranks(dmean, dvar)
+    kind = dmean.dtype
+    for average, gradient in zip(averages, (dmean, dvar), strict=True):
+        follow(average, converted(gradient, average.dtype), rate)
+    mean_grad, var_grad = map(snapshot, averages) if torch.compiler.is_compiling() else averages
+    return mean_grad.to(kind), var_grad.to(kind)

@@ -81,9 +81,10 @@ class InstanceMoments:
 class _OfBatch(torch.autograd.Function):
     """The statistics of the batches, as functions of those of their samples."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         mean: Tensor,
         var: Tensor,
         number: Tensor,
@@ -93,11 +94,13 @@ class _OfBatch(torch.autograd.Function):
         group: Tensor,
         way_back: WayBack | None,
     ) -> tuple[Tensor, Tensor]:
-        c = mean.size(1)
-        weight = number * share.expand_as(batch_mean).view(-1, c)[group]
-        ctx.save_for_backward(mean - batch_mean.view(-1, c)[group], weight, group)
-        ctx.way_back = way_back
         return batch_mean.clone(), batch_var.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        mean, _, number, batch_mean, _, share, group, ctx.way_back = inputs
+        weight = number * _of_samples(share.expand_as(batch_mean), group)
+        ctx.save_for_backward(mean - _of_samples(batch_mean, group), weight, group)
 
     @staticmethod
     @once_differentiable
@@ -105,5 +108,10 @@ class _OfBatch(torch.autograd.Function):
         deviation, weight, group = ctx.saved_tensors
         if ctx.way_back is not None:
             dmean, dvar = ctx.way_back(dmean, dvar)
-        dmean, dvar = (values.view(-1, deviation.size(1))[group] for values in (dmean, dvar))
+        dmean, dvar = _of_samples(dmean, group), _of_samples(dvar, group)
         return weight * (dmean + 2 * deviation * dvar), weight * dvar, *[None] * 6
+
+
+def _of_samples(values: Tensor, group: Tensor) -> Tensor:
+    """The `(K, C)` or `(C,)` values of each sample's group, `(N, C)`."""
+    return values.view(-1, values.size(-1))[group]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bnlight.norm.base import new_statistic
 from bnlight.norm.batch import Batch, BatchStatistics
-from bnlight.norm.core import Moments, Plan
+from bnlight.norm.core import Moments, Plan, follow
 
 
 class BatchRenorm(BatchStatistics):
@@ -79,8 +79,8 @@ class BatchRenorm(BatchStatistics):
         std = (var + self.eps).sqrt_()
         r_max, d_max = self.r_max, self.d_max
         r_min = r_max.reciprocal() if self.r_min is None else torch.full_like(r_max, self.r_min)
-        r = ((batch.var + self.eps).sqrt_() / std).clamp_(r_min, r_max)
-        d = (batch.mean - mean).div_(std).clamp_(-d_max, d_max)
+        r = ((batch.var + self.eps).sqrt_() / std).clamp(r_min, r_max)
+        d = (batch.mean - mean).div_(std).clamp(-d_max, d_max)
         return Plan(batch.mean, batch.var, correction=(r, d))
 
     def spread(self, batch: Moments) -> Tensor:
@@ -89,6 +89,7 @@ class BatchRenorm(BatchStatistics):
     def update(self, mean: Tensor, spread: Tensor, rate: float | Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        self.running_mean.lerp_(mean, rate)
-        std = (self.running_var + self.eps).sqrt_().lerp_(spread, rate)
-        self.running_var.copy_(std.square_().sub_(self.eps).clamp_(min=0))
+        follow(self.running_mean, mean, rate)
+        std = (self.running_var + self.eps).sqrt_()
+        follow(std, spread, rate)
+        self.running_var.copy_((std * std - self.eps).clamp(min=0))

@@ -95,6 +95,6 @@ class VirtualBatches:
         if self.groups == 1:
             return pieces[0]
         if self.is_contiguous:
-            return pieces[0].view(self.shape)
+            return pieces[0].reshape(self.shape)
         rows = torch.stack([piece.view(n // self.groups, -1, c) for piece in pieces], dim=1)
         return rows.view(n, *self.shape[2:], c).movedim(-1, 1)
