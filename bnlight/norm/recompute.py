@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnlight.norm.core import Moments, Plan
+from bnlight.norm.core import Moments, Plan, can_read_values
 
 
 class Calls:
@@ -38,10 +38,10 @@ class Calls:
 
     def remember(self, batch: Moments, plan: Plan) -> None:
         """Keep the plan of a training batch, by references to what its backward holds anyway."""
-        if not torch.compiler.is_compiling():  # a compiled graph knows what it recomputes
+        if can_read_values():  # a compiled graph knows what it recomputes, torch.func does not
             self._last.append((batch.mean, batch.var, plan))
 
 
 def recomputing() -> bool:
     """Whether this is a forward inside a backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return can_read_values() and torch._C._current_graph_task_id() != -1
