@@ -51,8 +51,8 @@ def sync_norm(
     empty batch. Training costs each layer one collective forward and one backward, evaluation none.
 
     Every rank must call the layers equally often, in the same order. RuntimeError with the layer's path, its
-    call and the rank if ranks meet in different layers, or if one does not come within `timeout` seconds (gloo
-    only; None, and other backends, use the process group's own timeout). TypeError if the model has torch's
+    call and the rank if ranks meet in different layers, or if one does not come within `timeout` seconds (on
+    CPU; None, and devices, use the process group's own timeout). TypeError if the model has torch's
     batch norm layers, which stay local; replace them by `bnlight.norm.BatchNorm`, whose state dict is the same.
     """
     torchs = [path for path, module in model.named_modules() if isinstance(module, _BatchNorm)]

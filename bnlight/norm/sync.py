@@ -106,16 +106,16 @@ class Meeting:
         # Rows of one length for all layers: ranks that meet in different ones must still understand each other.
         padding = row.new_zeros(max(0, self.width - size))
         rows = row.new_empty(self.ranks() * (_HEADER + size + len(padding)))
-        # Only gloo waits on the host; elsewhere that would stall the device.
-        patience = self.timeout if dist.get_backend(group) == "gloo" else None
+        # A device works on meanwhile; waiting for it here would stall it.
+        patience = self.timeout if row.device.type == "cpu" else None
         try:
             work = _all_gather(rows, torch.cat([header, row, padding]), group=group, async_op=True)
             work.wait(*[] if patience is None else [timedelta(seconds=patience)])
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self._where(purpose, call)} waited in vain for the other ranks ({str(error).strip()}). Every rank "
-                "must call every synchronized layer equally often: a rank that skips it, or has no batch left, "
-                "must still pass an empty one"
+                f"{self._where(purpose, call)} did not meet the other ranks ({str(error).strip()}). Every rank "
+                "must call every synchronized layer equally often: a rank that would skip it, or has no batch "
+                "left, must still pass an empty one"
             ) from error
         self.calls[purpose] = call
         rows = rows.view(self.ranks(), -1)
