@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnlight.norm.core import keep_layout, memory_layout, moments, statistics_dtype
+from bnlight.norm.core import (
+    can_read_values,
+    converted,
+    keep_layout,
+    memory_layout,
+    moments,
+    per_channel,
+    statistics_dtype,
+)
 
 LARGE = 2**14
 """Values in a sample from which on a call of its own costs less than the copies that avoid it."""
@@ -23,10 +31,10 @@ OnRows = Callable[..., Tensor]
 def one_by_one(x: Tensor) -> bool:
     """Whether to take the samples one after another: on CPU, outside of a compiled graph, if they are large."""
     return (
-        x.device.type == "cpu"
+        can_read_values()  # first: a graph that has asked for sizes holds for those only
+        and x.device.type == "cpu"
         and x.dim() > 2
         and 0 < len(x) * LARGE <= x.numel()
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -60,7 +68,7 @@ def by_position(function: OnRows, x: Tensor) -> Tensor:
 def by_sample(function: OnRows, x: Tensor, *vectors: Tensor) -> Tensor:
     """`function` with each sample as a row; `vectors` are `(N,)`."""
     ordered = x if x.is_contiguous() else x.movedim(1, -1)
-    y = function(ordered.reshape(1, len(x), -1), *vectors).view(ordered.shape)
+    y = function(ordered.reshape(1, x.size(0), -1), *vectors).view(ordered.shape)
     return keep_layout(y if ordered is x else y.movedim(-1, 1), x)
 
 
@@ -82,8 +90,21 @@ def mean_var(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
     Only values where `valid`, of x's shape, is True count; elsewhere `x` is zero, and its gradient wrong.
     """
+    if not can_read_values():
+        return _mean_var(x, valid)
     mean, var = _MeanVar.apply(x, valid)  # type: ignore[no-untyped-call]
     return mean, var
+
+
+def _mean_var(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`mean_var` in operations that compilers fuse, exporters know and `torch.func` transforms."""
+    x, axes = converted(x, statistics_dtype(x.dtype)), [0, *range(2, x.dim())]
+    if valid is None:
+        var, mean = torch.var_mean(x, axes, correction=0)
+        return mean, var
+    number = valid.sum(axes, dtype=x.dtype).clamp(min=1)
+    mean = x.sum(axes) / number
+    return mean, torch.where(valid, x - per_channel(mean, x), 0).square().sum(axes) / number
 
 
 class _MeanVar(torch.autograd.Function):

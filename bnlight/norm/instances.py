@@ -26,9 +26,9 @@ class InstanceMoments:
             rows = x.reshape(1, -1, *x.shape[2:])
             where = None if valid is None else valid.expand_as(x).reshape(rows.shape)
             self.mean, self.var = (values.view(x.shape[:2]) for values in mean_var(rows, where))
-        self.positions = x.numel() // max(1, len(x) * x.size(1))
+        self.positions = x.shape[2:].numel()
         if valid is None:
-            self.number = torch.full((len(x), 1), self.positions, dtype=kind, device=x.device)
+            self.number = torch.full((x.size(0), 1), self.positions, dtype=kind, device=x.device)
         else:
             self.number = valid.flatten(1).sum(1, keepdim=True).to(kind)
 
@@ -50,8 +50,8 @@ class InstanceMoments:
         var = member @ (self.number * (self.var + between)) / number.clamp(min=1)
         number_each: Tensor | int = number.expand_as(mean)
         samples: Tensor | int = member @ (self.number > 0).to(number.dtype)
-        if self.valid is None and len(self.x) % groups == 0:
-            samples = len(self.x) // groups
+        if self.valid is None and self.x.size(0) % groups == 0:
+            samples = self.x.size(0) // groups
             number_each = samples * self.positions
         if groups == 1:
             mean, var = mean[0], var[0]
@@ -62,7 +62,7 @@ class InstanceMoments:
         """The plan's mean and variance of each sample's virtual batch, `(N, C)` or `(C,)`, differentiable."""
         share = plan.share
         if share is None:
-            share = torch.full_like(plan.mean, groups / (len(self.x) * self.positions))
+            share = torch.full_like(plan.mean, groups / (self.x.size(0) * self.positions))
         parts = _OfBatch.apply(  # type: ignore[no-untyped-call]
             self.mean, self.var, self.number, plan.mean, plan.var, share, self._group(groups), way_back
         )
@@ -70,7 +70,7 @@ class InstanceMoments:
         return mean, var
 
     def _group(self, groups: int) -> Tensor:
-        return torch.arange(len(self.x), device=self.x.device) % groups
+        return torch.arange(self.x.size(0), device=self.x.device) % groups
 
     def _members(self, groups: int) -> Tensor:
         """`(K, N)`, 1 where a sample belongs to a virtual batch."""

@@ -47,8 +47,8 @@ class MeanOnlyBatchNorm(BatchStatistics):
         self.weight = None
 
     def plan(self, batch: Moments) -> Plan:
-        number = torch.as_tensor(batch.number, dtype=batch.mean.dtype, device=batch.mean.device)
-        return Plan(batch.mean, torch.ones_like(batch.mean), share=(1 / number).expand_as(batch.mean))
+        ones = torch.ones_like(batch.mean)
+        return Plan(batch.mean, ones, share=ones / batch.number)
 
     def running_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, _ = super().running_statistics(like)

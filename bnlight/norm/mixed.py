@@ -152,10 +152,10 @@ class BatchLayerNorm(BatchStatistics):
         return y + (layer * per_sample).to(x.dtype)
 
     def plan(self, batch: Moments) -> Plan:
-        samples = torch.as_tensor(batch.samples, device=batch.mean.device).to(batch.mean.dtype)
+        samples = torch.zeros_like(batch.mean) + batch.samples
         if self.training:
             self.batch_size.copy_(torch.maximum(self.batch_size, samples.max()))
-        part = self._batch_part(1 / samples.clamp(min=1)).expand_as(batch.mean)
+        part = self._batch_part(1 / samples.clamp(min=1))
         return Plan(batch.mean, batch.var, correction=(part, torch.zeros_like(batch.mean)))
 
     def update(self, mean: Tensor, spread: Tensor, rate: float | Tensor) -> None:

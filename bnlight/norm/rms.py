@@ -23,8 +23,8 @@ def valid_share(x: Tensor, valid: Tensor | None) -> Tensor:
     """Which share of each sample's positions is valid, `(N,)`; 1 where none is."""
     dtype = statistics_dtype(x.dtype)
     if valid is None:
-        return torch.ones(len(x), dtype=dtype, device=x.device)
-    share = valid.flatten(1).sum(1, dtype=dtype) / (valid.numel() // len(x))
+        return torch.ones(x.size(0), dtype=dtype, device=x.device)
+    share = valid.flatten(1).sum(1, dtype=dtype) / valid.shape[1:].numel()
     return share.masked_fill(share == 0, 1)
 
 

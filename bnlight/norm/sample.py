@@ -33,7 +33,7 @@ class SampleStatistics(Norm):
 
     def by_groups(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
         """Normalize each of a sample's groups of channels over its valid values."""
-        self.warn_if_alone(x, x.numel() // max(1, len(x) * groups))
+        self.warn_if_alone(x, x.shape[1:].numel() // groups)
         return by_groups(x, valid, groups, *self.full_affine(x), self.eps)
 
     def warn_if_alone(
@@ -79,7 +79,7 @@ def by_groups(
     if valid is None or x.numel() == 0:
         return group_norm(x, groups, *native(x, weight, bias), eps).to(x.dtype)
     # A sample's group becomes a channel of a batch of one.
-    values = x.to(statistics_dtype(x.dtype)).reshape(1, len(x) * groups, -1)
+    values = x.to(statistics_dtype(x.dtype)).reshape(1, x.size(0) * groups, -1)
     with torch.no_grad():
         batch = moments(values, valid.expand_as(x).reshape(values.shape))
         plan = Plan(batch.mean, batch.var, share=1 / torch.as_tensor(batch.number).clamp(min=1))
@@ -204,7 +204,7 @@ class InstanceNorm(SampleStatistics):
     cancels_bias: ClassVar[bool] = True
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        self.warn_if_alone(x, x.numel() // max(1, len(x) * self.num_features))
+        self.warn_if_alone(x, x.shape[2:].numel())
         return instance_norm(x, valid, *self.full_affine(x), self.eps)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
