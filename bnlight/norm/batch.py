@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from bnlight.norm.base import Norm, Shared, new_statistic
-from bnlight.norm.core import Moments, Plan, WayBack, can_read_values, converted, follow, snapshot
+from bnlight.norm.core import Moments, Plan, WayBack, can_read_values, converted, follow, moments, snapshot
+from bnlight.norm.instances import InstanceMoments
 from bnlight.norm.recompute import Calls
 from bnlight.norm.sync import Meeting, ProcessGroup
 from bnlight.norm.virtual import VirtualBatches
 
 SmallBatch = Literal["error", "running"]
+_CORRECTION = ("example_weight", "example_var")
 
 
 class Batch(Shared, total=False):
@@ -50,6 +52,8 @@ class BatchStatistics(Norm):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    example_weight: Tensor | None
+    example_var: Tensor | None
 
     def __init__(
         self,
@@ -90,6 +94,8 @@ class BatchStatistics(Norm):
         }
         for key, buffer in buffers.items():
             self.register_buffer(key, buffer)
+        for key in _CORRECTION:  # set by bnlight.correct_inference
+            self.register_buffer(key, None)
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -126,7 +132,7 @@ class BatchStatistics(Norm):
         """Normalize by the batch or by the running averages, whichever this mode uses."""
         if self.takes_batch(x, valid):
             return self.by_batch_statistics(x, valid, weight, bias)
-        return self.by_running_statistics(x, weight, bias)
+        return self.by_running_statistics(x, valid, weight, bias)
 
     def takes_batch(self, x: Tensor, valid: Tensor | None) -> bool:
         """Whether this batch is normalized by its own statistics; too small a one is counted or refused."""
@@ -223,8 +229,25 @@ class BatchStatistics(Norm):
         dmean, dvar = self.meeting.sum(dmean, dvar)
         return dmean, dvar
 
-    def by_running_statistics(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Normalize by the running averages."""
+    def evaluation_statistics(self, samples: InstanceMoments) -> tuple[Tensor, Tensor]:
+        """The running averages, `(C,)`, or, corrected, the mean and variance of each sample's own, `(N, C)`."""
+        mean, var = self.running_statistics(samples.mean)
+        weight, example_var = self.example_weight, self.example_var
+        if weight is None or example_var is None or self.training:
+            return mean, var
+        if self.observer is not None:
+            seen = None if samples.valid is None else (samples.number > 0).expand_as(samples.mean)
+            self.observer(moments(samples.mean, seen), None)
+        weight, example_var = converted(weight, mean.dtype), converted(example_var, mean.dtype)
+        deviation = samples.mean - mean
+        between = (1 - weight) * (deviation.square() - example_var)
+        return mean + weight * deviation, (var + weight * (samples.var - var + between)).clamp(min=0)
+
+    def by_running_statistics(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+        """Normalize by the running averages, in evaluation by the corrected ones if there are such."""
+        if self.example_weight is not None and not self.training:
+            samples = InstanceMoments(x, valid)
+            return samples.normalize(*self.evaluation_statistics(samples), weight, bias, self.eps)
         mean, var = self.running_statistics(weight)
         if self.training:  # the next batch may move the averages before this one's backward reads them
             mean, var = mean.clone(), var.clone()
@@ -314,10 +337,14 @@ class BatchStatistics(Norm):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for name in _CORRECTION:
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and self.running_mean is not None:
+                setattr(self, name, self.running_mean.new_empty(saved.shape))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        optional = [{prefix + name for name in self.not_in_torch}]
+        optional = [{prefix + name for name in names} for names in (self.not_in_torch, _CORRECTION)]
         if (local_metadata.get("version") or 1) < 2:
             optional.append({prefix + "num_batches_tracked"})
         for keys in optional:

@@ -9,6 +9,7 @@ from torch import Tensor
 from bnlight.norm.base import Affine
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.core import Moments, Plan, WayBack
+from bnlight.norm.instances import InstanceMoments
 
 
 class MeanOnlyBatchNorm(BatchStatistics):
@@ -52,6 +53,10 @@ class MeanOnlyBatchNorm(BatchStatistics):
 
     def running_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, _ = super().running_statistics(like)
+        return mean, torch.ones_like(mean)
+
+    def evaluation_statistics(self, samples: InstanceMoments) -> tuple[Tensor, Tensor]:
+        mean, _ = super().evaluation_statistics(samples)
         return mean, torch.ones_like(mean)
 
     def way_back(self) -> WayBack:

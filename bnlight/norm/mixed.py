@@ -141,7 +141,7 @@ class BatchLayerNorm(BatchStatistics):
             batch_part = plan.correction[0][..., 0]  # (K,) or one number
         else:
             batch_part = self._batch_part(1 / self.batch_size.clamp(min=1) * (self.batch_size > 0))
-            y = self.by_running_statistics(rows, batch_weight * batch_part, batch_bias)
+            y = self.by_running_statistics(rows, valid, batch_weight * batch_part, batch_bias)
         y = y if rows is x else keep_layout(y.view(x.shape), x)
         layer_part = self._scale() * (1 - 2e-4) - batch_part.to(weight.dtype)
         if layer_part.dim() == 0:
@@ -239,7 +239,7 @@ class SwitchableNorm(BatchStatistics):
         if takes_batch:
             batch_mean, batch_var = self._of_batch(x, samples)
         else:
-            batch_mean, batch_var = self.running_statistics(mean)
+            batch_mean, batch_var = self.evaluation_statistics(samples)
         p, q = (shares.to(mean.dtype).softmax(0) for shares in (self.mean_weight, self.var_weight))
         return samples.normalize(
             p[0] * mean + p[1] * layer_mean + p[2] * batch_mean,

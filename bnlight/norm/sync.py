@@ -65,12 +65,7 @@ class Meeting:
         rows = self._gather("forward", [samples, number, batch.mean, batch.var])
         count = rows[:, :1].sum(0)
         number, mean, var = rows[:, 1:].view(len(rows), 3, -1).unbind(1)
-        total = number.sum(0)
-        weight = number / total.clamp(min=1)
-        together = (weight * mean).sum(0)
-        spread = (weight * (var + (mean - together).square())).sum(0)  # no difference of large numbers
-        kind = batch.mean.dtype
-        return Moments(together.to(kind), spread.to(kind), total.to(kind), count.to(kind))
+        return Moments(*(values.to(batch.mean.dtype) for values in (*merged(mean, var, number), count)))
 
     def average(self, values: list[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each of the values, `(C,)`, averaged over ranks by their weight, `(C,)`, and the weights' sum."""
@@ -141,6 +136,15 @@ class Meeting:
         rank = dist.get_rank(None if self.group == "world" else self.group)
         name = f"'{self.path}'" if self.path else "without a name"
         return f"synchronized layer {self.layer} {name}, {purpose} call {call} on rank {rank},"
+
+
+def merged(mean: Tensor, var: Tensor, number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of all values together, `(C,)`, from those of the parts, `(parts, C)`."""
+    total = number.sum(0)
+    weight = number / total.clamp(min=1)
+    together = (weight * mean).sum(0)
+    spread = (weight * (var + (mean - together).square())).sum(0)  # no difference of large numbers
+    return together, spread, total
 
 
 def _unpickled(group: ProcessGroup, layer: int, path: str, width: int, timeout: float | None) -> Meeting:
