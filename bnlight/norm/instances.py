@@ -1,5 +1,6 @@
 """Statistics of each channel of each sample, as the parts of which other statistics are made."""
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class InstanceMoments:
             rows = x.reshape(1, -1, *x.shape[2:])
             where = None if valid is None else valid.expand_as(x).reshape(rows.shape)
             self.mean, self.var = (values.view(x.shape[:2]) for values in mean_var(rows, where))
-        self.positions = x.shape[2:].numel()
+        self.positions = math.prod(x.shape[2:])
         if valid is None:
             self.number = torch.full((x.size(0), 1), self.positions, dtype=kind, device=x.device)
         else:

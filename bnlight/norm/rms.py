@@ -1,5 +1,6 @@
 """The layers that divide by the root mean square and subtract no mean."""
 
+import math
 from typing import Literal, Unpack
 
 import torch
@@ -24,7 +25,7 @@ def valid_share(x: Tensor, valid: Tensor | None) -> Tensor:
     dtype = statistics_dtype(x.dtype)
     if valid is None:
         return torch.ones(x.size(0), dtype=dtype, device=x.device)
-    share = valid.flatten(1).sum(1, dtype=dtype) / valid.shape[1:].numel()
+    share = valid.flatten(1).sum(1, dtype=dtype) / math.prod(valid.shape[1:])
     return share.masked_fill(share == 0, 1)
 
 
@@ -64,7 +65,7 @@ class RMSNorm(SampleStatistics):
         if x.numel() == 0:
             return affine(x, *self.full_affine(x))
         whole = self.over == "sample" and x.dim() > 2
-        self.warn_if_alone(x, x[0].numel() if whole else x.size(1), SIGN, "Use NoNorm at this place")
+        self.warn_if_alone(x, math.prod(x.shape[1:]) if whole else x.size(1), SIGN, "Use NoNorm at this place")
         if whole:
             y = by_sample(
                 lambda rows, share: affine(rows, inverse_rms(rows, self.eps, share)), x, valid_share(x, valid)
@@ -128,8 +129,7 @@ class FilterResponseNorm(SampleStatistics):
             return affine(x, weight, bias)
         eps = torch.full_like(weight, self.eps)
         if self.learned_eps is None:
-            positions = x[0, 0].numel()
-            self.warn_if_alone(x, positions, SIGN, "Set learn_eps=True, or use LayerNorm at this place")
+            self.warn_if_alone(x, math.prod(x.shape[2:]), SIGN, "Set learn_eps=True, or use LayerNorm at this place")
         else:
             eps = eps + converted(self.learned_eps, weight.dtype).abs()
 

@@ -1,5 +1,6 @@
 """The layers whose statistics come from one sample, in training as in evaluation, and the one without any."""
 
+import math
 import warnings
 from typing import ClassVar, Literal, Unpack
 
@@ -17,6 +18,7 @@ from bnlight.norm.arrange import (
 from bnlight.norm.base import Norm, Placement, Shared
 from bnlight.norm.core import (
     Plan,
+    can_read_values,
     keep_layout,
     memory_layout,
     moments,
@@ -33,7 +35,7 @@ class SampleStatistics(Norm):
 
     def by_groups(self, x: Tensor, valid: Tensor | None, groups: int) -> Tensor:
         """Normalize each of a sample's groups of channels over its valid values."""
-        self.warn_if_alone(x, x.shape[1:].numel() // groups)
+        self.warn_if_alone(x, math.prod(x.shape[1:]) // groups)
         return by_groups(x, valid, groups, *self.full_affine(x), self.eps)
 
     def warn_if_alone(
@@ -44,7 +46,7 @@ class SampleStatistics(Norm):
         instead: str = "Use fewer groups, or NoNorm at this place",
     ) -> None:
         """Warn, once per layer, when each group has one value, so that the output says little about `x`."""
-        if values != 1 or x.numel() == 0 or self._warned or torch.compiler.is_compiling():
+        if not can_read_values() or values != 1 or x.numel() == 0 or self._warned:
             return
         self._warned = True
         warnings.warn(
@@ -204,7 +206,7 @@ class InstanceNorm(SampleStatistics):
     cancels_bias: ClassVar[bool] = True
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        self.warn_if_alone(x, x.shape[2:].numel())
+        self.warn_if_alone(x, math.prod(x.shape[2:]))
         return instance_norm(x, valid, *self.full_affine(x), self.eps)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
