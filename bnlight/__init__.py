@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnlight.population import correct_inference as correct_inference
+    from bnlight.population import precise_statistics as precise_statistics
     from bnlight.surgery import constrain_norm as constrain_norm
     from bnlight.surgery import norm_parameters as norm_parameters
     from bnlight.surgery import norm_penalty as norm_penalty
@@ -12,12 +14,22 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "constrain_norm": "surgery",
+    "correct_inference": "population",
     "norm_parameters": "surgery",
     "norm_penalty": "surgery",
+    "precise_statistics": "population",
     "sync_norm": "surgery",
     "unsync_norm": "surgery",
 }
-__all__ = ["constrain_norm", "norm_parameters", "norm_penalty", "sync_norm", "unsync_norm"]
+__all__ = [
+    "constrain_norm",
+    "correct_inference",
+    "norm_parameters",
+    "norm_penalty",
+    "precise_statistics",
+    "sync_norm",
+    "unsync_norm",
+]
 
 
 def __getattr__(name: str) -> Any:
