@@ -130,13 +130,11 @@ def _observe(path: str, layer: nn.Module, training: bool, back: ExitStack) -> Po
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that normalize by running averages and are not frozen, by their paths."""
+    """The layers that evaluate by running averages, by their paths."""
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, BatchStatistics | _BatchNorm)
-        and module.running_mean is not None
-        and (module.training or not model.training)
+        if isinstance(module, BatchStatistics | _BatchNorm) and module.running_mean is not None
     }
 
 

@@ -1,5 +1,6 @@
 """The statistics by which evaluation normalizes: estimated from data, and corrected by each example's own."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,7 +41,7 @@ def precise_statistics(
         forward: called as `forward(model, batch)` instead, for batches of any kind.
 
     Raises ValueError if there are no batches on any rank, TypeError for batches that need a `forward`. Warns of
-    layers that no batch has reached; they stay as they are.
+    layers that no batch has reached, and of a model whose norms are all frozen; they stay as they are.
 
     Source: Wu and Johnson 2021 (arXiv 2105.07576), section 3; on dropout: Li et al. 2019 (arXiv 1801.05134).
 
@@ -51,9 +52,16 @@ def precise_statistics(
     """
     net = unwrapped(model)
     layers = layers_of(net)
-    if not layers:
+    moving = {path: layer for path, layer in layers.items() if layer.training or not net.training}
+    if not moving:
+        if layers:
+            warnings.warn(
+                "precise_statistics: every norm is in evaluation mode in a model in training mode, so all count as "
+                "frozen and stay as they were; call model.eval() first to estimate them",
+                stacklevel=2,
+            )
         return model
-    pools = pooled("precise_statistics", net, layers, batches, forward, training=True)
+    pools = pooled("precise_statistics", net, moving, batches, forward, training=True)
     with torch.inference_mode(False), torch.no_grad():  # what is written may be trained with
         for pool in pools:
             _write(pool)

@@ -280,6 +280,15 @@ def test_a_norm_in_evaluation_mode_is_frozen_in_a_model_in_training_mode_only(na
     assert_statistics(model[0], *population(data))
 
 
+def test_a_model_with_frozen_norms_only_says_that_nothing_was_estimated():
+    model = nn.Sequential(layer_of("batch").eval())
+    rest = iter(batches([4]))
+    with pytest.warns(UserWarning, match="all count as frozen .* model.eval") as caught:
+        precise_statistics(model, rest)
+    assert caught[0].filename == __file__
+    assert len(list(rest)) == 1
+
+
 def test_a_layer_that_no_batch_reaches_is_named_and_stays():
     model = nn.ModuleDict({"used": layer_of("batch"), "idle": layer_of("renorm"), "other": layer_of("torch")})
     before = copy.deepcopy(model)
