@@ -174,13 +174,25 @@ class BatchStatistics(Norm):
 
     def follow_batch(self, batch: Moments, used: Tensor | None) -> None:
         """Move the running averages one step towards the mean of the groups, of all ranks."""
+        if self.follows(batch, used):
+            self.update(*self.target(batch, self.spread(batch), used))
+
+    def follows(self, batch: Moments, used: Tensor | None) -> bool:
+        """Whether the running averages move; an observer sees the batch in their place."""
         if self.running_mean is None or not self.training:
-            return
+            return False
         if self.observer is not None:
             self.observer(batch, used)
-            return
+            return False
+        return True
+
+    def target(
+        self, batch: Moments, spread: Tensor, used: Tensor | None
+    ) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Where the running averages move to, the mean of the groups, and at what rate."""
+        assert self.running_mean is not None
         kind, rate = self.running_mean.dtype, self.rate()
-        targets = [batch.mean, self.spread(batch)]
+        targets = [batch.mean, spread]
         if used is None and batch.mean.dim() > 1:
             targets = [target.mean(0) for target in targets]
         elif used is not None:
@@ -193,8 +205,7 @@ class BatchStatistics(Norm):
             weight = torch.full_like(targets[0], groups) if used is None else counts.to(batch.mean.dtype)
             targets, total = self.meeting.average(targets, weight)
             rate = self.rate() * (total > 0).to(kind)
-        mean, spread = (converted(target, kind) for target in targets)
-        self.update(mean, spread, rate)
+        return converted(targets[0], kind), converted(targets[1], kind), rate
 
     def counts_batches(self) -> bool:
         """Whether the weight of a batch depends on how many came before."""

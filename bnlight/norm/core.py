@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from bnlight.norm.first_order import first_order
 
 _backward = torch.ops.aten.native_batch_norm_backward.default
 _update_stats: Any = torch.batch_norm_update_stats  # its type stub lacks two arguments
@@ -129,19 +130,16 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     if _sums_in_vectors(x, dtype):
         # torch's forward kernel sums planes value by value, its backward kernel in vectors: with x for the
         # gradient it returns sum((x - mean) * x), the centred sum of squares, in half the time.
-        total = x.numel() // x.size(1)
-        mean = _sum(x, dtype) / total
-        squares = _backward(
-            x, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
-        )[1]
-        var = (squares / total).clamp_(min=0)
+        mean = x.flatten(2).mean(2).mean(0)
+        share = torch.full_like(mean, x.size(1) / x.numel())
+        var = _backward(x, x, None, None, None, mean, share, True, 0.0, [False, True, True])[1]
         # The rounding of the mean enters this sum times the mean itself, which must not be far from zero.
-        if not bool((mean.square() > 16 * var).any()):
+        if float(torch.addcmul(var, mean, mean, value=-1 / 16).min()) >= 0:
             return mean, var
     if x.device.type in ("cpu", "cuda") and not transforming():
         # Without full-precision averages to update, the kernel would return bf16 statistics for bf16 input.
-        unused = [torch.empty(x.size(1), dtype=dtype, device=x.device) for _ in range(2)]
-        mean, var = _update_stats(x, *unused, 0.0)
+        unused = torch.empty(x.size(1), dtype=dtype, device=x.device)
+        mean, var = _update_stats(x, unused, unused, 0.0)
         return mean, var
     axes = [axis for axis in range(x.dim()) if axis != 1]
     var, mean = torch.var_mean(x.to(dtype), axes, correction=0)
@@ -185,6 +183,25 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, 
     return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
 
 
+def _of_rows(
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    share: Tensor | None,
+    r: Tensor | None,
+    d: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Weight and bias with the correction in them, mean, var and share, for the K groups' channels, `(K * C,)`."""
+    if r is not None and d is not None:
+        # (xhat * r + d) * weight + bias = xhat * (weight * r) + (bias + weight * d): nothing per element.
+        weight, bias = weight * r, torch.addcmul(bias, weight, d)
+    if mean.dim() == 1:
+        return weight, bias, mean, var, share
+    rows = [values.expand_as(mean).reshape(-1) for values in (weight, bias, mean, var)]
+    return rows[0], rows[1], rows[2], rows[3], None if share is None else share.expand_as(mean).reshape(-1)
+
+
 class _Normalize(torch.autograd.Function):
     """One elementwise pass forward and one native call backward; see `normalize`."""
 
@@ -202,15 +219,14 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         way_back: WayBack | None,
     ) -> Tensor:
-        if r is not None and d is not None:
-            # (xhat * r + d) * weight + bias = xhat * (weight * r) + (bias + weight * d): nothing per element.
-            weight, bias = weight * r, torch.addcmul(bias, weight, d)
+        ctx.groups = len(mean) if mean.dim() > 1 else 1
+        weight, bias, mean, var, share = _of_rows(weight, bias, mean, var, share, r, d)
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
         ctx.eps, ctx.way_back = eps, way_back
         return _affine(x, weight, bias, mean, var, eps)
 
     @staticmethod
-    @once_differentiable  # differentiating this backward again would be silently wrong
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, share, r, d = ctx.saved_tensors
         eps, dy = ctx.eps, keep_layout(dy, x)
@@ -233,8 +249,12 @@ class _Normalize(torch.autograd.Function):
             # dx += share * (dmean + 2 * (x - mean) * dvar), again one elementwise pass.
             slope = 2 * share * dvar / invstd
             dx += _affine(x, slope, share * dmean, mean, var, eps)
+        if ctx.groups > 1:
+            dweight, dbias = dweight.view(ctx.groups, -1), dbias.view(ctx.groups, -1)
         if r is not None:
             dweight = torch.addcmul(dbias * d, dweight, r)
+        if ctx.groups > 1:
+            dweight, dbias = dweight.sum(0), dbias.sum(0)
         return dx, dweight, dbias, *[None] * 7
 
 
@@ -249,8 +269,10 @@ class _Transformable(_Normalize):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, mean, var, share, r, d, ctx.eps, ctx.way_back = inputs
-        ctx.save_for_backward(x, weight if r is None else weight * r, mean, var, share, r, d)
+        x, *vectors, ctx.eps, ctx.way_back = inputs
+        ctx.groups = len(inputs[3]) if inputs[3].dim() > 1 else 1
+        weight, _, mean, var, share = _of_rows(*vectors)
+        ctx.save_for_backward(x, weight, mean, var, share, *vectors[-2:])
 
 
 class _Forgetful:
@@ -263,7 +285,8 @@ def normalize(
     """`((x - mean) / sqrt(var + eps) * r + d) * weight + bias` per channel, by the plan's constants.
 
     The gradient of `x` includes its way through the statistics, by `way_back` where they are not this
-    batch's alone (only with a `share`). First order only. All per-channel tensors have the statistics' dtype.
+    batch's alone (only with a `share`). First order only. All per-channel tensors have the statistics' dtype;
+    a plan `(K, C)` is one for K groups of C channels in `x`, which share weight and bias.
     """
     mean, var, share, correction = plan
     function = _Transformable if transforming() else _Normalize

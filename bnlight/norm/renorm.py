@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bnlight.norm.base import new_statistic
 from bnlight.norm.batch import Batch, BatchStatistics
-from bnlight.norm.core import Moments, Plan, follow
+from bnlight.norm.core import Moments, Plan, converted, follow
 
 
 class BatchRenorm(BatchStatistics):
@@ -74,22 +74,19 @@ class BatchRenorm(BatchStatistics):
         self.register_buffer("r_max", new_statistic(r_max, (), options))
         self.register_buffer("d_max", new_statistic(d_max, (), options))
 
-    def plan(self, batch: Moments) -> Plan:
-        mean, var = self.running_statistics(batch.mean)
-        std = (var + self.eps).sqrt_()
-        r_max, d_max = self.r_max, self.d_max
-        r_min = r_max.reciprocal() if self.r_min is None else torch.full_like(r_max, self.r_min)
-        r = ((batch.var + self.eps).sqrt_() / std).clamp(r_min, r_max)
-        d = (batch.mean - mean).div_(std).clamp(-d_max, d_max)
-        return Plan(batch.mean, batch.var, correction=(r, d))
-
-    def spread(self, batch: Moments) -> Tensor:
-        return (batch.var + self.eps).sqrt_()
-
-    def update(self, mean: Tensor, spread: Tensor, rate: float | Tensor) -> None:
+    def step(self, batch: Moments, used: Tensor | None) -> Plan:
         assert self.running_mean is not None
         assert self.running_var is not None
-        follow(self.running_mean, mean, rate)
-        std = (self.running_var + self.eps).sqrt_()
-        follow(std, spread, rate)
-        self.running_var.copy_((std * std - self.eps).clamp(min=0))
+        kind = batch.mean.dtype
+        mean, var = self.running_statistics(self.running_mean)
+        std, running_std = (batch.var + self.eps).sqrt_(), (var + self.eps).sqrt_()
+        r_max, d_max = self.r_max, self.d_max
+        r_min = r_max.reciprocal() if self.r_min is None else torch.full_like(r_max, self.r_min)
+        r = converted((std / running_std).clamp(r_min, r_max), kind)
+        d = converted(((batch.mean - mean) / running_std).clamp(-d_max, d_max), kind)
+        if self.follows(batch, used):
+            mean, std, rate = self.target(batch, std, used)
+            follow(self.running_mean, mean, rate)
+            follow(running_std, std, rate)
+            self.running_var.copy_((running_std * running_std - self.eps).clamp(min=0))
+        return Plan(batch.mean, batch.var, correction=(r, d))

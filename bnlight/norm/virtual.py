@@ -1,7 +1,5 @@
 """Virtual batches: arrange a batch, valid or padded, in groups that have statistics of their own."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +11,9 @@ class VirtualBatches:
     """Sample n of `x`, `(N, C)` or `(N, C, *)`, belongs to group n mod K; per-channel tensors are `(K, C)`,
     or `(C,)` for K = 1.
 
-    Each group's channels become channels of their own. In a contiguous `x` that is a view with K*C channels;
-    in channels last the groups lie between samples and channels, so every group is copied to `(values, C)`.
-    Groups that are one sample short are padded: `valid` says which values count, None that all do.
+    Each group's channels become channels of their own. In a contiguous `x` that is a view; in channels last the
+    groups lie between samples and channels, so the batch is copied to `(values, K * C)`. Groups that are one
+    sample short are padded: `valid` says which values count, None that all do.
     """
 
     def __init__(self, x: Tensor, valid: Tensor | None, groups: int) -> None:
@@ -27,74 +25,44 @@ class VirtualBatches:
             x, valid = F.pad(x, pad), F.pad(valid, pad)
         x = x if memory_layout(x) else x.contiguous()  # torch's kernels crawl over other strides
         self.valid, self.shape, self.is_contiguous = valid, x.shape, x.is_contiguous()
-        self.pieces = self._split(x)
+        self.rows = self._split(x)
 
     def moments(self) -> Moments:
         """Mean, biased variance and number of values of each group's channels; call it without gradients."""
-        if self.valid is None and self.groups == 1:
-            return moments(self.pieces[0])
         if self.valid is None:
-            parts = [moments(piece) for piece in self.pieces]
+            mean, var, number, samples = moments(self.rows)
         else:
-            valid = self._split(self.valid.expand(self.shape))
-            parts = [moments(piece, where) for piece, where in zip(self.pieces, valid, strict=True)]
+            mean, var, number, samples = moments(self.rows, self._split(self.valid.expand(self.shape)))
         if self.groups == 1:
-            return parts[0]
-        means, variances, numbers, _ = zip(*parts, strict=True)
+            return Moments(mean, var, number, samples)
         if self.valid is None:
-            return Moments(
-                self._stack(means), self._stack(variances), numbers[0], self.samples // self.groups
-            )
-        samples = self.valid.flatten(1).any(1).view(-1, self.groups).sum(0)
-        return Moments(self._stack(means), self._stack(variances), self._stack(numbers), samples.view(-1, 1))
+            samples = self.samples // self.groups
+        else:
+            samples = self.valid.flatten(1).any(1).view(-1, self.groups).sum(0).view(-1, 1)
+        number = number if isinstance(number, int) else number.view(self.groups, -1)
+        return Moments(mean.view(self.groups, -1), var.view(self.groups, -1), number, samples)
 
     def normalize(
         self, weight: Tensor, bias: Tensor, plan: Plan, eps: float, way_back: WayBack | None
     ) -> Tensor:
         """`core.normalize` in each group, with weight and bias `(C,)`, in the order and layout of the batch."""
-        if self.groups == 1:
-            return normalize(self.pieces[0], weight, bias, plan, eps, way_back)
-        weights, biases = (self._unstack(values.expand_as(plan.mean)) for values in (weight, bias))
-        results = [
-            normalize(piece, w, b, part, eps, way_back)
-            for piece, w, b, part in zip(self.pieces, weights, biases, self._plans(plan), strict=True)
-        ]
-        y = self._join(results)
+        y = self._join(normalize(self.rows, weight, bias, plan, eps, way_back))
         return y if len(y) == self.samples else y[: self.samples]
 
-    def _plans(self, plan: Plan) -> list[Plan]:
-        """The plan of each piece."""
-        parts = [
-            [None] * len(self.pieces) if values is None else self._unstack(values)
-            for values in (plan.mean, plan.var, plan.share, *(plan.correction or (None, None)))
-        ]
-        return [
-            Plan(mean, var, share, None if r is None else (r, d))
-            for mean, var, share, r, d in zip(*parts, strict=True)
-        ]
-
-    def _stack(self, values: tuple[Tensor, ...]) -> Tensor:
+    def _split(self, x: Tensor) -> Tensor:
         if self.groups == 1:
-            return values[0]
-        return values[0].view(self.groups, -1) if len(values) == 1 else torch.stack(values)
-
-    def _unstack(self, values: Tensor) -> Sequence[Tensor]:
-        return [values.flatten()] if len(self.pieces) == 1 else values.unbind()
-
-    def _split(self, x: Tensor) -> list[Tensor]:
+            return x
         n, c = self.shape[:2]
-        if self.groups == 1:
-            return [x]
         if self.is_contiguous:
-            return [x.reshape(n // self.groups, self.groups * c, *self.shape[2:])]
+            return x.reshape(n // self.groups, self.groups * c, *self.shape[2:])
         rows = x.movedim(1, -1).reshape(n // self.groups, self.groups, -1, c)
-        return [group.reshape(-1, c) for group in rows.unbind(1)]
+        return rows.transpose(1, 2).reshape(-1, self.groups * c)
 
-    def _join(self, pieces: list[Tensor]) -> Tensor:
-        n, c = self.shape[:2]
+    def _join(self, rows: Tensor) -> Tensor:
         if self.groups == 1:
-            return pieces[0]
+            return rows
+        n, c = self.shape[:2]
         if self.is_contiguous:
-            return pieces[0].reshape(self.shape)
-        rows = torch.stack([piece.view(n // self.groups, -1, c) for piece in pieces], dim=1)
-        return rows.view(n, *self.shape[2:], c).movedim(-1, 1)
+            return rows.reshape(self.shape)
+        y = rows.view(n // self.groups, -1, self.groups, c).transpose(1, 2)
+        return y.reshape(n, *self.shape[2:], c).movedim(-1, 1)
