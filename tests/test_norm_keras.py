@@ -179,7 +179,7 @@ L2 = {"class_name": "L2", "config": {"l2": 0.01}}
         ({"beta_constraint": "max_norm"}, r"beta_constraint.*constrain_norm"),
         ({"activity_regularizer": "l2"}, r"activity_regularizer.*loss"),
         ({"adjustment": lambda shape: (1, 0)}, r"adjustment.*jitter=\(scale, shift\)"),
-        ({"trainable": False}, r"trainable=False.*bnlight\.freeze_norm\(layer\)"),
+        ({"trainable": False}, r"trainable=False.*layer\.eval\(\)"),
         ({"axis": 3}, r"axis=3, of an unknown number of axes.*-1"),
         (
             {"axis": 2, "batch_shape": [None, 5, 6, 8]},

@@ -64,8 +64,7 @@ class BatchNorm(BatchStatistics):
             self.running_mean = self.running_var = self.num_batches_tracked = None
 
     def by_batch_statistics(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        updates = self.training and not recomputing()
-        mean, var = (self.running_mean, self.running_var) if updates else (None, None)
+        mean, var = (self.running_mean, self.running_var) if self.training else (None, None)
         if (
             valid is not None
             or self._groups(x)[0] > 1
@@ -76,9 +75,11 @@ class BatchNorm(BatchStatistics):
             or (mean is not None and mean.dtype != statistics_dtype(x.dtype))
         ):
             return super().by_batch_statistics(x, valid, weight, bias)
-        if updates:
+        if mean is not None and var is not None and recomputing():
+            mean, var = mean.clone(), var.clone()  # checkpointing wants the same tensors saved
+        else:
             self._count_batch(1)
-        rate = float(self.rate()) if updates else 0.0
+        rate = float(self.rate())
         return torch.batch_norm(
             x, weight, bias, mean, var, True, rate, self.eps, torch.backends.cudnn.enabled
         )

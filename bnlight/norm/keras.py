@@ -170,8 +170,8 @@ def _contradictions(keras: Config) -> list[str]:
     problems = []
     if not keras["trainable"]:
         problems.append(
-            "trainable=False: in Keras it means evaluation, too; build it with trainable=True and call "
-            "bnlight.freeze_norm(layer)"
+            "trainable=False: in Keras it means evaluation, too; build it with trainable=True, "
+            "then call layer.eval() and layer.requires_grad_(False)"
         )
     if keras["renorm"]:
         if keras["renorm_momentum"] != keras["momentum"]:

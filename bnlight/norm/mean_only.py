@@ -1,7 +1,7 @@
 """Mean-only batch normalization."""
 
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -58,6 +58,19 @@ class MeanOnlyBatchNorm(BatchStatistics):
     def evaluation_statistics(self, samples: InstanceMoments) -> tuple[Tensor, Tensor]:
         mean, _ = super().evaluation_statistics(samples)
         return mean, torch.ones_like(mean)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+        _, unexpected, errors = rest
+        if (weight := state_dict.get(prefix + "weight")) is not None:  # of batch norm
+            unexpected[:] = [key for key in unexpected if key != prefix + "weight"]
+            if not bool((weight == 1).all()):
+                errors.append(
+                    f"{prefix}weight scales its channels, which mean-only batch norm does not: multiply the weights "
+                    "of the layer before by it, and set it to 1"
+                )
 
     def way_back(self) -> WayBack:
         return partial(_through_the_mean, super().way_back())

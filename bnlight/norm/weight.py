@@ -45,7 +45,7 @@ def weight_norm(model: M, *, include: Patterns = None, exclude: Patterns = None)
     that is not reparametrized in the same way, or zero for a whole output, which has no direction.
 
     Source: Salimans and Kingma 2016 (arXiv 1602.07868), section 2. See `initialize_weight_norm` for section 3;
-    the mean-only batch norm of section 2.2 is a layer of its own.
+    the mean-only batch norm of section 4 is a layer of its own.
 
     >>> layer = weight_norm(nn.Linear(2, 1, bias=False))
     >>> layer.weight = torch.tensor([[3.0, 4.0]])
