@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -44,13 +45,12 @@ class InstanceMoments:
 
     def merged(self, groups: int) -> Moments:
         """The moments of the K virtual batches, `(K, C)`, or `(C,)` for K = 1."""
-        member = self._members(groups)
-        number = member @ self.number
-        mean = member @ (self.number * self.mean) / number.clamp(min=1)
+        number = _sums(self.number, groups)
+        mean = _sums(self.number * self.mean, groups) / number.clamp(min=1)
         between = (self.mean - mean[self._group(groups)]).square()
-        var = member @ (self.number * (self.var + between)) / number.clamp(min=1)
+        var = _sums(self.number * (self.var + between), groups) / number.clamp(min=1)
         number_each: Tensor | int = number.expand_as(mean)
-        samples: Tensor | int = member @ (self.number > 0).to(number.dtype)
+        samples: Tensor | int = _sums((self.number > 0).to(number.dtype), groups)
         if self.valid is None and self.x.size(0) % groups == 0:
             samples = self.x.size(0) // groups
             number_each = samples * self.positions
@@ -73,10 +73,11 @@ class InstanceMoments:
     def _group(self, groups: int) -> Tensor:
         return torch.arange(self.x.size(0), device=self.x.device) % groups
 
-    def _members(self, groups: int) -> Tensor:
-        """`(K, N)`, 1 where a sample belongs to a virtual batch."""
-        every = torch.arange(groups, device=self.x.device)
-        return (every[:, None] == self._group(groups)).to(self.mean.dtype)
+
+def _sums(values: Tensor, groups: int) -> Tensor:
+    """The sums of `(N, C)` over each virtual batch, `(K, C)`."""
+    rows = F.pad(values, [0, 0, 0, -values.size(0) % groups])
+    return rows.view(rows.size(0) // groups, groups, rows.size(1)).sum(0)
 
 
 class _OfBatch(torch.autograd.Function):

@@ -125,8 +125,6 @@ class FilterResponseNorm(SampleStatistics):
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
         weight, bias = self.full_affine(x)
-        if x.numel() == 0:
-            return affine(x, weight, bias)
         eps = torch.full_like(weight, self.eps)
         if self.learned_eps is None:
             self.warn_if_alone(x, math.prod(x.shape[2:]), SIGN, "Set learn_eps=True, or use LayerNorm at this place")
@@ -136,9 +134,11 @@ class FilterResponseNorm(SampleStatistics):
         def responses(rows: Tensor, weight: Tensor, bias: Tensor, eps: Tensor, share: Tensor) -> Tensor:
             return affine(rows, weight * inverse_rms(rows, eps, share), bias)
 
-        shape = x.shape[:2]
-        vectors = weight, bias, eps, valid_share(x, valid).unsqueeze(1)
-        y = by_channel(responses, x, *(vector.expand(shape) for vector in vectors))
+        if x.numel() == 0:
+            y = affine(x, weight + 0 * eps, bias)  # every parameter has a gradient, 0
+        else:
+            vectors = weight, bias, eps, valid_share(x, valid).unsqueeze(1)
+            y = by_channel(responses, x, *(vector.expand(x.shape[:2]) for vector in vectors))
         if self.tau is None:
             return y
         return torch.maximum(y, per_channel(converted(self.tau, y.dtype), y))
