@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bnlight.norm.arrange import affine, by_channel, mean_var
 from bnlight.norm.core import Moments, Plan, WayBack, statistics_dtype
+from bnlight.norm.first_order import first_order
 
 
 class InstanceMoments:
@@ -105,7 +105,7 @@ class _OfBatch(torch.autograd.Function):
         ctx.save_for_backward(mean - _of_samples(batch_mean, group), weight, group)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dmean: Tensor, dvar: Tensor) -> tuple[Tensor | None, ...]:
         deviation, weight, group = ctx.saved_tensors
         if ctx.way_back is not None:
