@@ -108,6 +108,24 @@ def test_a_batch_that_small_batch_leaves_out_does_not_count():
     assert_statistics(strict, torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double())
 
 
+def test_a_group_that_small_batch_leaves_out_does_not_count():
+    layer = BatchNorm(CHANNELS, virtual_batch_size=2, small_batch="running").double()
+    (x,) = batches([4])
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[0], mask[2, 1:] = False, False  # one value in the group of samples 0 and 2
+    precise_statistics(layer, [(x, mask)], forward=lambda model, batch: model(*batch))
+    assert_statistics(layer, *population([x[1::2]]))
+
+
+def test_jitter_is_off():
+    def model(jitter: tuple[float, float] | None) -> nn.Sequential:
+        return nn.Sequential(BatchNorm(CHANNELS, jitter=jitter), BatchNorm(CHANNELS)).double()
+
+    data = batches([5, 3])
+    calm, jittered = (precise_statistics(model(jitter), data) for jitter in (None, (0.5, 0.5)))
+    assert_statistics(jittered[1], calm[1].running_mean, calm[1].running_var)
+
+
 @pytest.mark.parametrize("name", ["batch", "torch"])
 def test_a_layer_that_is_called_twice_pools_both_calls(name):
     class Twins(nn.Module):
@@ -191,6 +209,8 @@ def everything(model: nn.Module) -> dict[str, Any]:
                 value = {key: (id(t), None if t is None else t.clone()) for key, t in value.items()}
             elif name.endswith("_hooks"):
                 value = dict(value)
+            elif name == "_calls":  # what a recomputation may ask for
+                value = [id(call) for call in value._last]
             found[f"{path}.{name}"] = value
     return found
 
