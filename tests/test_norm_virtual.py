@@ -8,16 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnlight.norm import BatchNorm, BatchRenorm
+from bnlight.norm import BatchNorm, BatchRenorm, MeanOnlyBatchNorm, interleaved
 from bnlight.norm.core import memory_layout
 
 LAYOUTS = ["contiguous", "channels_last", "last_axis", "strided"]
 LAYERS = {
     "batch": lambda **o: BatchNorm(3, momentum=0.3, **o),
     "renorm": lambda **o: BatchRenorm(3, momentum=0.3, r_max=1.2, d_max=0.2, **o),
+    "mean only": lambda **o: MeanOnlyBatchNorm(3, momentum=0.3, **o),
     "no affine": lambda **o: BatchNorm(3, affine=False, **o),
     "no running statistics": lambda **o: BatchNorm(3, track_running_stats=False, **o),
 }
+
+
+@pytest.fixture(scope="module", params=["copied", "in place"], autouse=True)
+def way(request):
+    """Groups in channels last are copied if their samples are small, as here, and otherwise taken as they lie."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in place":
+            patch.setattr(interleaved, "LARGE", 0)
+        yield
 
 
 def by_loop(layer: nn.Module, x: Tensor, groups: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,3 +134,20 @@ def test_groups_of_one_value_use_the_running_statistics_if_told_to(layer_type):
     x = torch.randn(5, 3)
     assert torch.equal(layer(x), layer.eval()(x))
     assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_half_precision_in_channels_last_is_double_precision_rounded(make):
+    x = (torch.randn(8, 3, 5, 4) * 2 + 1).bfloat16().contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(8, 3, 5, 4).bfloat16()
+    layer, exact = make(virtual_batch_size=2), make(virtual_batch_size=2).double()
+    results = []
+    for each, dtype in ((layer, torch.bfloat16), (exact, torch.float64)):
+        z = x.to(dtype).detach().requires_grad_()
+        y = each(z)
+        y.backward(dy.to(dtype))
+        results.append([y, z.grad, *(p.grad for p in each.parameters())])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-2, atol=3e-2)
+    for mine, theirs in zip(layer.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=1e-5)

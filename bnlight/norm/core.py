@@ -131,8 +131,7 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
         # torch's forward kernel sums planes value by value, its backward kernel in vectors: with x for the
         # gradient it returns sum((x - mean) * x), the centred sum of squares, in half the time.
         mean = x.flatten(2).mean(2).mean(0)
-        share = torch.full_like(mean, x.size(1) / x.numel())
-        var = _backward(x, x, None, None, None, mean, share, True, 0.0, [False, True, True])[1]
+        var, _ = channel_sums(x, x, mean, torch.full_like(mean, x.size(1) / x.numel()))
         # The rounding of the mean enters this sum times the mean itself, which must not be far from zero.
         if float(torch.addcmul(var, mean, mean, value=-1 / 16).min()) >= 0:
             return mean, var
@@ -144,6 +143,13 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
     axes = [axis for axis in range(x.dim()) if axis != 1]
     var, mean = torch.var_mean(x.to(dtype), axes, correction=0)
     return mean, var
+
+
+def channel_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of `dy * (x - mean) * invstd` and of `dy` over each channel."""
+    needed = [False, True, True]
+    _, dweight, dbias = _backward(dy, x, None, None, None, mean, invstd, True, 0.0, needed)
+    return dweight, dbias
 
 
 def _sums_in_vectors(x: Tensor, dtype: torch.dtype) -> bool:
@@ -183,23 +189,34 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, 
     return torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)[0]
 
 
-def _of_rows(
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    share: Tensor | None,
-    r: Tensor | None,
-    d: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Weight and bias with the correction in them, mean, var and share, for the K groups' channels, `(K * C,)`."""
+def corrected(weight: Tensor, bias: Tensor, r: Tensor | None, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias with the correction in them, so that it costs nothing per element.
+
+    `(xhat * r + d) * weight + bias = xhat * (weight * r) + (bias + weight * d)`
+    """
+    return (weight, bias) if r is None or d is None else (weight * r, torch.addcmul(bias, weight, d))
+
+
+def uncorrected(dweight: Tensor, dbias: Tensor, r: Tensor | None, d: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias, `(C,)`, from those of the corrected ones, `(C,)` or `(K, C)`."""
     if r is not None and d is not None:
-        # (xhat * r + d) * weight + bias = xhat * (weight * r) + (bias + weight * d): nothing per element.
-        weight, bias = weight * r, torch.addcmul(bias, weight, d)
-    if mean.dim() == 1:
-        return weight, bias, mean, var, share
-    rows = [values.expand_as(mean).reshape(-1) for values in (weight, bias, mean, var)]
-    return rows[0], rows[1], rows[2], rows[3], None if share is None else share.expand_as(mean).reshape(-1)
+        dweight = torch.addcmul(dbias * d, dweight, r)
+    return (dweight, dbias) if dbias.dim() == 1 else (dweight.sum(0), dbias.sum(0))
+
+
+def through_statistics(
+    scale: Tensor,
+    invstd: Tensor,
+    share: Tensor | float,
+    dweight: Tensor,
+    dbias: Tensor,
+    way_back: WayBack | None,
+) -> tuple[Tensor, Tensor]:
+    """Slope and shift of what a value receives because it moves the statistics, `(x - mean) * slope + shift`."""
+    dmean, dvar = -scale * dbias, -scale * invstd * dweight / 2
+    if way_back is not None:
+        dmean, dvar = way_back(dmean, dvar)
+    return 2 * share * dvar, share * dmean
 
 
 class _Normalize(torch.autograd.Function):
@@ -219,7 +236,7 @@ class _Normalize(torch.autograd.Function):
         eps: float,
         way_back: WayBack | None,
     ) -> Tensor:
-        ctx.groups = len(mean) if mean.dim() > 1 else 1
+        ctx.shape = mean.shape
         weight, bias, mean, var, share = _of_rows(weight, bias, mean, var, share, r, d)
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
         ctx.eps, ctx.way_back = eps, way_back
@@ -241,21 +258,29 @@ class _Normalize(torch.autograd.Function):
                 dx, dweight, dbias = _backward(
                     dy, x, weight, mean, var, mean, invstd, False, eps, [True, True, True]
                 )
-            # So far the statistics were constants. Each value also moves them, by its share.
-            scale = weight * invstd
-            dmean, dvar = -scale * dbias, -scale * invstd * dweight / 2
-            if ctx.way_back is not None:
-                dmean, dvar = ctx.way_back(dmean, dvar)
-            # dx += share * (dmean + 2 * (x - mean) * dvar), again one elementwise pass.
-            slope = 2 * share * dvar / invstd
-            dx += _affine(x, slope, share * dmean, mean, var, eps)
-        if ctx.groups > 1:
-            dweight, dbias = dweight.view(ctx.groups, -1), dbias.view(ctx.groups, -1)
-        if r is not None:
-            dweight = torch.addcmul(dbias * d, dweight, r)
-        if ctx.groups > 1:
-            dweight, dbias = dweight.sum(0), dbias.sum(0)
-        return dx, dweight, dbias, *[None] * 7
+            # So far the statistics were constants. One more elementwise pass adds their part.
+            slope, shift = through_statistics(weight * invstd, invstd, share, dweight, dbias, ctx.way_back)
+            dx += _affine(x, slope / invstd, shift, mean, var, eps)
+        if len(ctx.shape) > 1:
+            dweight, dbias = dweight.view(ctx.shape), dbias.view(ctx.shape)
+        return dx, *uncorrected(dweight, dbias, r, d), *[None] * 7
+
+
+def _of_rows(
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    share: Tensor | None,
+    r: Tensor | None,
+    d: Tensor | None,
+) -> tuple[Any, ...]:
+    """Corrected weight and bias, mean, var and share as the kernels take them: `(K * C,)` for K groups."""
+    weight, bias = corrected(weight, bias, r, d)
+    if mean.dim() == 1:
+        return weight, bias, mean, var, share
+    vectors = (weight, bias, mean, var, share)
+    return tuple(None if v is None else v.expand_as(mean).reshape(-1) for v in vectors)
 
 
 class _Transformable(_Normalize):
@@ -270,9 +295,10 @@ class _Transformable(_Normalize):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *vectors, ctx.eps, ctx.way_back = inputs
-        ctx.groups = len(inputs[3]) if inputs[3].dim() > 1 else 1
+        _, _, mean, _, _, r, d = vectors
+        ctx.shape = mean.shape
         weight, _, mean, var, share = _of_rows(*vectors)
-        ctx.save_for_backward(x, weight, mean, var, share, *vectors[-2:])
+        ctx.save_for_backward(x, weight, mean, var, share, r, d)
 
 
 class _Forgetful:
