@@ -279,11 +279,22 @@ class BatchStatistics(Norm):
 
     def plan_for(self, x: Tensor, local: Moments) -> Plan:
         """How to normalize the batch `x` with these moments on this rank; the averages move if it is new."""
+        jitter = self._draw_jitter(local.mean)  # again with the batch, or later random numbers would differ
         plan = self._calls.recall(local)
         if plan is None:
             plan = self._new_plan(x, local)
+            if jitter is not None:
+                scale, shift = jitter
+                r, d = plan.correction or (torch.ones_like(scale), torch.zeros_like(shift))
+                plan = plan._replace(correction=(r * (1 + scale), d * (1 + scale) + shift))
             self._calls.remember(local, plan)
         return plan
+
+    def _draw_jitter(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.jitter is None or not self.training:
+            return None
+        scale, shift = (torch.empty_like(like).uniform_(-width, width) for width in self.jitter)
+        return scale, shift
 
     def _new_plan(self, x: Tensor, local: Moments) -> Plan:
         together = self.virtual_batch_size is None and self.ranks() > 1
@@ -304,10 +315,6 @@ class BatchStatistics(Norm):
             batch = Moments(mean, var, number, batch.samples)
         self._count_batch(1 if isinstance(number, int) else (number != 1).any())
         plan = self.step(batch, used)
-        if self.jitter is not None and self.training:
-            scale, shift = (torch.empty_like(plan.mean).uniform_(-width, width) for width in self.jitter)
-            r, d = plan.correction or (torch.ones_like(scale), torch.zeros_like(shift))
-            plan = plan._replace(correction=(r * (1 + scale), d * (1 + scale) + shift))
         return plan if share is None else plan._replace(share=share)
 
     def _count_batch(self, number: Tensor | int) -> None:
