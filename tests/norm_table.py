@@ -243,6 +243,17 @@ class Row:
     def by_batch(self) -> bool:
         return issubclass(self.layer, BatchStatistics)
 
+    @property
+    def cumulative(self) -> bool:
+        """Whether the averages are plain ones of all batches."""
+        return self.by_batch and self.options.get("momentum", 0.1) is None
+
+    @property
+    def first_order_only(self) -> bool:
+        """Whether training normalizes by other means than torch's kernel, which is differentiable twice."""
+        plain = self.layer is BatchNorm and not {"jitter", "virtual_batch_size"} & {*self.options}
+        return self.by_batch and not plain
+
 
 RENORM_FROZEN = {"r_max": 1.0, "d_max": 0.0}
 
@@ -321,6 +332,22 @@ def step(
     found = {"y": y.detach(), "dx": x.grad}
     found |= {f"d{name}": p.grad for name, p in layer.named_parameters()}
     return found | {name: b.clone() for name, b in layer.named_buffers()}
+
+
+def pure(row: Row, training: bool) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The layer as a function without state, whose gradient is its derivative, and its parameters."""
+    layer = row.make().train(training)
+    for name, value in row.to_freeze.items():
+        part = getattr(layer, name)
+        part.fill_(value) if isinstance(part, Tensor) else setattr(layer, name, value)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        buffers = {name: b.clone() for name, b in layer.named_buffers()}
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)) | buffers, (x,))
+
+    return function, [*layer.parameters()]
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-8) -> None:

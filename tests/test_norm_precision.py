@@ -62,43 +62,6 @@ def test_half_precision_input_moves_the_averages_as_float32_input_does(
         torch.testing.assert_close(buffer, dict(full.named_buffers())[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 5), (6, 8, 5, 4)], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("module_dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("input_dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("name", NORMS)
-def test_any_mix_of_module_and_input_precision_works(name, input_dtype, module_dtype, masked, shape):
-    if name in ("instance", "frn") and len(shape) == 2:  # one value per channel
-        return
-    layer = NORMS[name](8, affine=True, dtype=module_dtype)
-    exact = NORMS[name](8, affine=True, dtype=torch.float64)
-    x = torch.randn(shape, dtype=input_dtype)
-    mask = torch.ones(shape[:1] + shape[2:], dtype=torch.bool) if masked else None
-    results = []
-    for module, z in ((layer, x), (exact, x.double())):
-        z = z.clone().requires_grad_()
-        y = module(z, mask)
-        y.backward(torch.arange(y.numel()).remainder(3).view_as(y).to(y.dtype) - 1)
-        results.append([y, z.grad, module.weight.grad, module.bias.grad])
-    assert results[0][0].dtype == results[0][1].dtype == input_dtype
-    assert results[0][2].dtype == module_dtype
-    tolerance = 1e-4 if input_dtype == module_dtype == torch.float32 else 3e-2
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", NORMS)
-def test_autocast_keeps_the_dtype_of_the_input_and_of_the_statistics(name):
-    layer = NORMS[name](8, affine=True)
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(4, 8, 3, 3, dtype=dtype, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-        y.sum().backward()
-        assert y.dtype == x.grad.dtype == dtype
-    assert all(b.dtype in (torch.float32, torch.long) for b in layer.buffers())
-
-
 @pytest.mark.parametrize("layer_type", BATCH)
 def test_float64_input_has_float64_statistics_also_in_a_float32_layer(layer_type):
     x = torch.randn(6, 4, 5, dtype=torch.float64) + 1e8

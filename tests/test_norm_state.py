@@ -4,8 +4,6 @@ import copy
 import doctest
 import importlib
 import inspect
-import io
-import pickle
 import pkgutil
 
 import pytest
@@ -47,32 +45,6 @@ def test_every_layer_takes_the_shared_arguments_and_has_parameters_of_its_channe
     assert type(layer)(8, affine=True, bias=False).bias is None
     bare = type(layer)(8, affine=False)
     assert bare.weight is bare.bias is None
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_memory_layout_of_the_input_is_kept(layer, channels_last):
-    x = torch.randn(4, 8, 3, 5)
-    x = x.to(memory_format=torch.channels_last) if channels_last else x
-    x.requires_grad_()
-    for mask in (None, torch.ones(4, 3, 5, dtype=torch.bool)):
-        y = layer(x, mask)
-        y.square().sum().backward()
-        assert y.stride() == x.grad.stride() == x.stride()
-
-
-def test_deepcopy_pickle_and_a_saved_state_give_the_same_layer(layer):
-    trained(layer)
-    x = torch.randn(5, 8, 3, 3)
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    loaded = type(layer)(8, affine=True)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
-    twins = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded]
-    y = layer(x)
-    for twin in twins:
-        assert torch.equal(twin(x), y)
-        assert all(torch.equal(a, b) for a, b in zip(twin.buffers(), layer.buffers(), strict=True))
 
 
 def test_the_repr_is_the_call_that_makes_the_layer():
@@ -151,39 +123,6 @@ def test_a_bias_before_the_layer_is_redundant_exactly_where_cancels_bias_says_so
 
 # torch.compile itself instantiates the autograd.Function it traces.
 COMPILES = pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
-
-COMPILED = {
-    **{name: (name, {}) for name in NORMS},
-    "virtual": ("batch", {"virtual_batch_size": 3}),
-    "virtual renorm": ("renorm", {"virtual_batch_size": 2}),
-    "last axis": ("renorm", {"channel_dim": -1}),
-    "channels": ("layer", {"over": "channels"}),
-}
-
-
-@COMPILES
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("name", "options"), COMPILED.values(), ids=COMPILED)
-def test_a_step_compiles_to_one_graph_with_the_same_numbers(name, options, masked):
-    torch._dynamo.reset()
-    eager = NORMS[name](8, affine=True, **options)
-    other = copy.deepcopy(eager)
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    mask = torch.rand(7, 8) < 0.8 if masked else None
-    for _ in range(2):
-        x = torch.randn(7, 8, 8) * 2 + 1
-        results = []
-        for run in (eager, compiled):
-            z = x.clone().requires_grad_()
-            y = run(z, mask)
-            (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-            results.append([y, z.grad])
-        for mine, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    for mine, theirs in zip(other.buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    for mine, theirs in zip(other.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
 @COMPILES

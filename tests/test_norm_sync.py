@@ -9,37 +9,29 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from norm_table import CHANNELS, ROWS
 from ranks import Ranks, start
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bnlight.norm.sync
 from bnlight import sync_norm, unsync_norm
-from bnlight.norm import NORMS, BatchNorm, BatchRenorm, LayerNorm, MeanOnlyBatchNorm
+from bnlight.norm import BatchNorm, BatchRenorm, LayerNorm
 from bnlight.norm.batch import BatchStatistics
 
-CHANNELS = 3
-TYPES = {name: t for name, t in NORMS.items() if issubclass(t, BatchStatistics)} | {
-    "mean only": MeanOnlyBatchNorm
-}
-LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in TYPES},
-    "tight renorm": ("renorm", {"momentum": 0.3, "r_max": 1.1, "d_max": 0.1}),
-    "cumulative": ("batch", {"momentum": None}),
-    "no affine": ("batch", {"affine": False}),
-    "no running statistics": ("batch", {"track_running_stats": False}),
-    "last axis": ("batch", {"channel_dim": -1}),
-}
+LAST_AXIS = "batch, last axis"
+# Virtual batches stay on a rank, and each rank draws its own jitter.
+LAYERS = [
+    name
+    for name, row in ROWS.items()
+    if row.by_batch and not {"virtual_batch_size", "jitter"} & {*row.options}
+] + [LAST_AXIS]
 SPLITS = [(5, 3), (4, 4), (6, 0), (1, 1), (5, 0, 2)]
 GATHERS = [0]
 
 
 def layer_of(case: str) -> BatchStatistics:
-    name, options = LAYERS[case]
-    torch.manual_seed(1)
-    layer = TYPES[name](CHANNELS, **options).double()
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, 0.2, 0.8)
+    layer = ROWS["batch"].make(channel_dim=-1) if case == LAST_AXIS else ROWS[case].make()
     if layer.track_running_stats:
         layer.small_batch = "running"
     return layer
@@ -96,7 +88,7 @@ def on_a_rank(case: str, sizes: tuple[int, ...], spatial: tuple[int, ...], maske
 def batches_of(
     case: str, samples: int, spatial: tuple[int, ...], masked: bool
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    last = LAYERS[case][1].get("channel_dim") == -1
+    last = case == LAST_AXIS
     batches = []
     for step in range(3):
         x, w = batch(step, (samples, CHANNELS, *spatial), last)
@@ -139,9 +131,9 @@ def compare(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 @pytest.mark.parametrize("case", LAYERS)
 def test_ranks_compute_what_one_process_does_with_the_joined_batch(ranks, case, sizes, spatial, masked):
-    if case == "batch_instance" and not spatial:
+    if case.startswith("batch_instance") and not spatial:
         pytest.skip("needs positions")
-    if sizes == (1, 1) and case == "no running statistics" and (masked or not spatial):
+    if sizes == (1, 1) and case == "batch, no averages" and (masked or not spatial):
         pytest.skip("one value per channel, which this layer refuses")
     results = ranks[len(sizes)].run(on_a_rank, case, sizes, spatial, masked)
     for result in results:
@@ -252,7 +244,9 @@ def test_ranks_in_other_passes_fail_at_once_too(tmp_path):
     with start(2, tmp_path) as ranks:
         for error in ranks.run(in_other_passes):
             assert isinstance(error, RuntimeError)
-            assert "rank 0 is in backward call 1 of layer 0; rank 1 is in forward call 2 of layer 0" in str(error)
+            assert "rank 0 is in backward call 1 of layer 0; rank 1 is in forward call 2 of layer 0" in str(
+                error
+            )
 
 
 def without_the_last_rank() -> float | None:
@@ -260,7 +254,9 @@ def without_the_last_rank() -> float | None:
     if dist.get_rank() == 1:
         return None
     begin = time.monotonic()
-    with pytest.raises(RuntimeError, match="layer 0 '1', forward call 1 on rank 0, did not meet the other ranks"):
+    with pytest.raises(
+        RuntimeError, match="layer 0 '1', forward call 1 on rank 0, did not meet the other ranks"
+    ):
         model(torch.randn(5, 4))
     return time.monotonic() - begin
 
@@ -330,7 +326,7 @@ def checkpointed(case: str, reentrant: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("case", ["batch", "tight renorm", "full"])
+@pytest.mark.parametrize("case", ["batch", "renorm, clipped", "full"])
 def test_recomputed_activations_neither_update_nor_meet_twice(ranks, case, reentrant):
     assert ranks[2].run(checkpointed, case, reentrant) == [4, 4]
 
