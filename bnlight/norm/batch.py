@@ -179,7 +179,7 @@ class BatchStatistics(Norm):
 
     def follows(self, batch: Moments, used: Tensor | None) -> bool:
         """Whether the running averages move; an observer sees the batch in their place."""
-        if self.running_mean is None or not self.training:
+        if not self.training or self.running_mean is None:
             return False
         if self.observer is not None:
             self.observer(batch, used)
@@ -213,8 +213,7 @@ class BatchStatistics(Norm):
 
     def rate(self) -> float | Tensor:
         """Weight of this batch in the running averages."""
-        tracked = self.num_batches_tracked
-        if tracked is None or not self.counts_batches():
+        if not self.counts_batches() or (tracked := self.num_batches_tracked) is None:
             return self.momentum or 0.0
         if not can_read_values() or tracked.device.type != "cpu":
             return (1 / tracked.clamp(min=1)).clamp(min=self.momentum or 0.0)

@@ -51,6 +51,8 @@ def memory_layout(x: Tensor) -> torch.memory_format | None:
 
 def keep_layout(y: Tensor, like: Tensor) -> Tensor:
     """`y` in the memory layout of `like`."""
+    if y.is_contiguous() and like.is_contiguous():
+        return y
     return y.contiguous(memory_format=memory_layout(like) or torch.contiguous_format)
 
 
@@ -155,11 +157,11 @@ def channel_sums(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[T
 def _sums_in_vectors(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the way over the backward kernel is the faster one, and its guard can read values."""
     return (
-        x.numel() > 20_000  # below, the forward kernel takes less time than the additional operations
-        and x.device.type == "cpu"
+        x.dim() > 2
+        and x.numel() > 20_000  # below, the forward kernel takes less time than the additional operations
         and x.dtype == dtype
-        and x.dim() > 2
         and x.is_contiguous()
+        and x.device.type == "cpu"
         and can_read_values()
     )
 
@@ -219,6 +221,11 @@ def through_statistics(
     return 2 * share * dvar, share * dmean
 
 
+def _apart(x: Tensor, mean: Tensor) -> Tensor:
+    """A view of contiguous `x` in which each group's channels are channels, as in `mean`, `(K * C,)`."""
+    return x.reshape(-1, len(mean), *x.shape[2:])
+
+
 class _Normalize(torch.autograd.Function):
     """One elementwise pass forward and one native call backward; see `normalize`."""
 
@@ -240,13 +247,17 @@ class _Normalize(torch.autograd.Function):
         weight, bias, mean, var, share = _of_rows(weight, bias, mean, var, share, r, d)
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
         ctx.eps, ctx.way_back = eps, way_back
-        return _affine(x, weight, bias, mean, var, eps)
+        if x.size(1) == len(mean):
+            return _affine(x, weight, bias, mean, var, eps)
+        return _affine(_apart(x, mean), weight, bias, mean, var, eps).reshape(x.shape)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, share, r, d = ctx.saved_tensors
-        eps, dy = ctx.eps, keep_layout(dy, x)
+        eps, shape, dy = ctx.eps, x.shape, keep_layout(dy, x)
+        if x.size(1) != len(mean):
+            x, dy = _apart(x, mean), _apart(dy, mean)
         invstd = (var + eps).rsqrt_()
         if share is None:
             needed = [ctx.needs_input_grad[0], True, True]
@@ -263,6 +274,7 @@ class _Normalize(torch.autograd.Function):
             dx += _affine(x, slope / invstd, shift, mean, var, eps)
         if len(ctx.shape) > 1:
             dweight, dbias = dweight.view(ctx.shape), dbias.view(ctx.shape)
+            dx = None if dx is None else dx.reshape(shape)
         return dx, *uncorrected(dweight, dbias, r, d), *[None] * 7
 
 

@@ -19,9 +19,11 @@ def first_order(backward: Backward) -> Backward:
 
     @wraps(backward)
     def wrapper(ctx: Any, *outgoing: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *outgoing)
         with torch.no_grad():
             gradients = backward(ctx, *outgoing)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return gradients
         sources = [t for t in (*outgoing, *ctx.saved_tensors) if t is not None and t.requires_grad]
         return tuple(g if g is None or not sources else _End.apply(g, *sources) for g in gradients)  # type: ignore[no-untyped-call]

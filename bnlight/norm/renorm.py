@@ -75,18 +75,19 @@ class BatchRenorm(BatchStatistics):
         self.register_buffer("d_max", new_statistic(d_max, (), options))
 
     def step(self, batch: Moments, used: Tensor | None) -> Plan:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        kind = batch.mean.dtype
-        mean, var = self.running_statistics(self.running_mean)
-        std, running_std = (batch.var + self.eps).sqrt_(), (var + self.eps).sqrt_()
+        running_mean, running_var = self.running_mean, self.running_var
+        assert running_mean is not None
+        assert running_var is not None
+        kind, eps = batch.mean.dtype, self.eps
+        mean, var = self.running_statistics(running_mean)
+        std, running_std = (batch.var + eps).sqrt_(), (var + eps).sqrt_()
         r_max, d_max = self.r_max, self.d_max
         r_min = r_max.reciprocal() if self.r_min is None else torch.full_like(r_max, self.r_min)
         r = converted((std / running_std).clamp(r_min, r_max), kind)
         d = converted(((batch.mean - mean) / running_std).clamp(-d_max, d_max), kind)
         if self.follows(batch, used):
             mean, std, rate = self.target(batch, std, used)
-            follow(self.running_mean, mean, rate)
+            follow(running_mean, mean, rate)
             follow(running_std, std, rate)
-            self.running_var.copy_((running_std * running_std - self.eps).clamp(min=0))
+            running_var.copy_((running_std * running_std - eps).clamp(min=0))
         return Plan(batch.mean, batch.var, correction=(r, d))

@@ -27,7 +27,8 @@ class VirtualBatches:
         x = x if memory_layout(x) else x.contiguous()  # torch's kernels crawl over other strides
         self.valid, self.shape, self.is_contiguous = valid, x.shape, x.is_contiguous()
         self.in_place = groups > 1 and not self.is_contiguous and valid is None and in_place(x)
-        self.rows = x if groups == 1 or self.in_place else self._split(x)
+        # A contiguous x is regrouped where that is a view, in the function that normalizes.
+        self.rows = x if groups == 1 or self.in_place or self.is_contiguous else self._split(x)
 
     def moments(self) -> Moments:
         """Mean, biased variance and number of values of each group's channels; call it without gradients."""
@@ -35,11 +36,12 @@ class VirtualBatches:
             return interleaved_moments(self.rows, self.groups)
         if self.groups == 1:
             return moments(self.rows, None if self.valid is None else self.valid.expand(self.shape))
+        rows = self._split(self.rows) if self.is_contiguous else self.rows
         samples: Tensor | int = self.samples // self.groups
         if self.valid is None:
-            mean, var, number, _ = moments(self.rows)
+            mean, var, number, _ = moments(rows)
         else:
-            mean, var, number, _ = moments(self.rows, self._split(self.valid.expand(self.shape)))
+            mean, var, number, _ = moments(rows, self._split(self.valid.expand(self.shape)))
             samples = self.valid.flatten(1).any(1).view(-1, self.groups).sum(0).view(-1, 1)
         number = number if isinstance(number, int) else number.view(self.groups, -1)
         return Moments(mean.view(self.groups, -1), var.view(self.groups, -1), number, samples)
@@ -51,18 +53,13 @@ class VirtualBatches:
         if self.in_place:
             return normalize_interleaved(self.rows, weight, bias, plan, eps, way_back)
         y = normalize(self.rows, weight, bias, plan, eps, way_back)
-        if self.groups > 1:
-            y = self._join(y)
+        if y.shape != self.shape:
+            n, c = self.shape[:2]
+            y = y.view(n // self.groups, -1, self.groups, c).transpose(1, 2)
+            y = y.reshape(n, *self.shape[2:], c).movedim(-1, 1)
         return y if len(y) == self.samples else y[: self.samples]
 
     def _split(self, x: Tensor) -> Tensor:
         if self.is_contiguous:
             return x.reshape(len(x) // self.groups, self.groups * x.size(1), *x.shape[2:])
         return regrouped(x, self.groups)
-
-    def _join(self, rows: Tensor) -> Tensor:
-        if self.is_contiguous:
-            return rows.reshape(self.shape)
-        n, c = self.shape[:2]
-        y = rows.view(n // self.groups, -1, self.groups, c).transpose(1, 2)
-        return y.reshape(n, *self.shape[2:], c).movedim(-1, 1)
