@@ -50,6 +50,9 @@ def sync_norm(
     process that has the joined batch, however uneven the ranks' batches are; a rank without samples passes an
     empty batch. Training costs each layer one collective forward and one backward, evaluation none.
 
+    In DistributedDataParallel set `broadcast_buffers=False`: the buffers agree by themselves, and its broadcast
+    at each forward would wait for a missing rank in the place of the layer, which knows its name.
+
     Every rank must call the layers equally often, in the same order. RuntimeError with the layer's path, its
     call and the rank if ranks meet in different layers, or if one does not come within `timeout` seconds (on
     CPU; None, and devices, use the process group's own timeout). TypeError if the model has torch's

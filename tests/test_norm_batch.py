@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnlight.norm import BatchNorm, BatchRenorm
+from bnlight.norm import NORMS, BatchNorm, BatchRenorm
 
 TORCH = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 SHAPES = [(6, 4), (3, 4, 5), (3, 4, 5, 2), (2, 4, 3, 2, 2)]
@@ -145,3 +145,15 @@ def test_a_batch_normalized_by_running_statistics_keeps_its_gradient_when_the_ne
     layer(torch.randn(8, 3) * 9)
     y.sum().backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("name", ["batch", "renorm", "full", "batch_layer", "batch_instance", "switchable"])
+def test_reset_parameters_makes_a_layer_from_nothing_as_new(name):
+    with torch.device("meta"):
+        layer = NORMS[name](3)
+    layer.to_empty(device="cpu")
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.detach().fill_(7)
+    layer.reset_parameters()
+    fresh = NORMS[name](3).state_dict()
+    assert all(torch.equal(value, fresh[key]) for key, value in layer.state_dict().items())

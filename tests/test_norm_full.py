@@ -181,3 +181,39 @@ def test_mean_only_batch_norm_takes_the_mean_away_forward_and_backward(options):
     torch.testing.assert_close(layer.running_mean, z.detach().mean((0, 2)) / 2)
     torch.testing.assert_close(layer.eval()(x), x - layer.running_mean.view(3, 1))
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_averages_alone():
+    layer = FullNorm(3)
+    x = torch.randn(5, 3, requires_grad=True)
+    layer(x).pow(3).sum().backward()
+    before = layer.mean_grad.clone(), layer.var_grad.clone()
+    (layer(x) * torch.tensor(float("inf"))).sum().backward()
+    assert torch.equal(layer.mean_grad, before[0])
+    assert torch.equal(layer.var_grad, before[1])
+
+
+def test_a_loss_scale_that_overflows_finds_its_way_down():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), FullNorm(8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    for _ in range(60):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = net(torch.randn(8, 3)).square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() > 1
+    assert all(buffer.isfinite().all() for buffer in net.buffers())
+
+
+def test_a_batch_without_valid_values_leaves_the_averages_of_the_gradients_too():
+    layer = FullNorm(3)
+    x = torch.randn(5, 3, 2, requires_grad=True)
+    layer(x).pow(3).sum().backward()
+    before = copy.deepcopy(layer.state_dict())
+    layer(x, torch.zeros(5, 2, dtype=torch.bool)).sum().backward()
+    for name in ("running_mean", "running_var", "mean_grad", "var_grad"):
+        assert torch.equal(layer.state_dict()[name], before[name])

@@ -87,3 +87,41 @@ def test_batch_norm_has_torchs_second_derivatives():
     x = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
     layer = BatchNorm(3).double()
     assert torch.autograd.gradgradcheck(lambda v: layer(v), x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["batch", "tight", "full", "switchable"])
+def test_many_calls_of_one_layer_and_equal_batches_are_told_apart(name, reentrant):
+    torch.manual_seed(0)
+    make = {"tight": lambda c: BatchRenorm(c, momentum=0.4, r_max=1.2, d_max=0.2)}.get(name, TYPES.get(name))
+    mine = make(3).double()
+    plain = copy.deepcopy(mine)
+    x = torch.randn(6, 3, 2, dtype=torch.float64, requires_grad=True)
+    z = x.detach().clone().requires_grad_()
+    sums = []
+    for layer, start, run in ((mine, x, True), (plain, z, False)):
+        total = 0
+        for k in range(20):  # each batch twice
+            scaled = start * (1 + k // 2)
+            y = checkpoint(layer, scaled, use_reentrant=reentrant) if run else layer(scaled)
+            total = total + y.pow(3).sum() * (k + 1)
+        total.backward()
+        sums.append(total.detach())
+    torch.testing.assert_close(*sums, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, z.grad, rtol=1e-9, atol=1e-9)
+    for a, b in zip(mine.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_batch_that_is_not_finite_moves_the_averages_once_too(reentrant):
+    layer = BatchRenorm(3)
+    x = torch.randn(6, 3, requires_grad=True)
+    checkpoint(layer, x * float("inf"), use_reentrant=reentrant).sum().backward()
+    assert layer.num_batches_tracked == 1
+
+
+def test_without_checkpointing_no_batch_is_remembered():
+    layer = BatchRenorm(3)
+    layer(torch.randn(6, 3, requires_grad=True)).sum().backward()
+    assert not layer._calls._last

@@ -75,7 +75,10 @@ class Norm(nn.Module):
     def __init_subclass__(cls) -> None:
         """Show the arguments that a layer passes on, `**shared: Unpack[Shared]`, in its signature."""
         super().__init_subclass__()
-        signature = inspect.signature(cls.__init__, eval_str=True)
+        try:
+            signature = inspect.signature(cls.__init__, eval_str=True)
+        except NameError:  # an annotation that exists for type checkers only
+            signature = inspect.signature(cls.__init__)
         own = dict(signature.parameters)
         del own["self"]
         passed_on = [p for p in own.values() if p.kind == p.VAR_KEYWORD and get_args(p.annotation)]
@@ -196,11 +199,15 @@ class Norm(nn.Module):
         for name, argument in inspect.signature(type(self)).parameters.items():
             if name in ("num_features", "device", "dtype"):
                 continue
-            value = getattr(self, name)
+            value = getattr(self, name, argument.default)
             if name == "bias":
                 value = value is not None or not self.affine
             elif isinstance(value, Tensor):
-                value = argument.default if value.is_meta else float(f"{value.item():g}")
+                value = (
+                    argument.default
+                    if value.is_meta or type(value) is not Tensor
+                    else float(f"{value.item():g}")
+                )
             if value != argument.default:
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)

@@ -1,6 +1,7 @@
 """What the layers share whose statistics come from the batch: running averages, virtual and small batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Literal, Unpack
 
 import torch
@@ -9,11 +10,13 @@ from torch import Tensor
 from bnlight.norm.base import Norm, Shared, new_statistic
 from bnlight.norm.core import Moments, Plan, WayBack, can_read_values, converted, follow, moments, snapshot
 from bnlight.norm.instances import InstanceMoments
-from bnlight.norm.recompute import Calls
+from bnlight.norm.recompute import Calls, comes_again, recomputing
 from bnlight.norm.sync import Meeting, ProcessGroup
 from bnlight.norm.virtual import VirtualBatches
 
 SmallBatch = Literal["error", "running"]
+Observer = Callable[[Moments, Tensor | None], None]
+"""Receives a training batch's moments, and which of its groups count, in place of the running averages."""
 _CORRECTION = ("example_weight", "example_var")
 
 
@@ -84,7 +87,7 @@ class BatchStatistics(Norm):
         self.virtual_batch_size = virtual_batch_size
         self.small_batch = small_batch
         self.jitter = jitter
-        self.observer: Callable[[Moments, Tensor | None], None] | None = None
+        self.observer: Observer | None = None
         self.meeting = Meeting()
         self._calls = Calls()
         buffers = {
@@ -113,6 +116,19 @@ class BatchStatistics(Norm):
     def row_length(self) -> int:
         """How many numbers the layer sends to the other ranks at once."""
         return 1 + 3 * self.num_features
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to their initial values, and forget all batches."""
+        super().reset_parameters()
+        if "running_mean" in self._buffers:
+            self.reset_running_stats()
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As every module's; torch.export loses count if a buffer comes after one that is None."""
+        super().register_buffer(name, tensor, persistent)
+        for key in _CORRECTION:
+            if self._buffers.get(key, self) is None:
+                self._buffers[key] = self._buffers.pop(key)
 
     def reset_running_stats(self) -> None:
         """Set the running mean to 0, the running variance to 1 and the number of batches to 0."""
@@ -230,7 +246,7 @@ class BatchStatistics(Norm):
             return snapshot(mean), snapshot(var)
         return mean, var
 
-    def way_back(self) -> WayBack | None:
+    def way_back(self, plan: Plan) -> WayBack | None:
         """How the gradients of mean and variance reach the values where the batch is not the whole of them."""
         together = self.virtual_batch_size is None and self.ranks() > 1
         return self._sum_over_ranks if together else None
@@ -243,7 +259,9 @@ class BatchStatistics(Norm):
         """The running averages, `(C,)`, or, corrected, the mean and variance of each sample's own, `(N, C)`."""
         mean, var = self.running_statistics(samples.mean)
         weight, example_var = self.example_weight, self.example_var
-        if weight is None or example_var is None or self.training:
+        if self.training:  # the next batch may move the averages before this one's backward reads them
+            return mean.clone(), var.clone()
+        if weight is None or example_var is None:
             return mean, var
         if self.observer is not None:
             seen = None if samples.valid is None else (samples.number > 0).expand_as(samples.mean)
@@ -269,8 +287,9 @@ class BatchStatistics(Norm):
         """Normalize each virtual batch by its own statistics."""
         batches = self.virtual_batches(x, valid)
         with torch.no_grad():
-            plan = self.plan_for(x, batches.moments())
-        return batches.normalize(weight, bias, plan, self.eps, self.way_back())
+            local = batches.moments()
+        plan = self.plan_for(x, local)
+        return batches.normalize(weight, bias, plan, self.eps, self.way_back(plan))
 
     def virtual_batches(self, x: Tensor, valid: Tensor | None) -> VirtualBatches:
         """The groups of the batch that have statistics of their own."""
@@ -278,16 +297,31 @@ class BatchStatistics(Norm):
 
     def plan_for(self, x: Tensor, local: Moments) -> Plan:
         """How to normalize the batch `x` with these moments on this rank; the averages move if it is new."""
-        jitter = self._draw_jitter(local.mean)  # again with the batch, or later random numbers would differ
-        plan = self._calls.recall(local)
-        if plan is None:
-            plan = self._new_plan(x, local)
+        again, keep = recomputing(), comes_again()
+        with torch.no_grad():
+            jitter = self._draw_jitter(
+                local.mean
+            )  # again with the batch, or later random numbers would differ
+            plan = self._calls.recall(local) if again else None
+            if plan is not None:
+                return plan
+            with self._observed_by(_ignore) if again else nullcontext():  # no backward moves the averages
+                plan = self._new_plan(x, local)
             if jitter is not None:
                 scale, shift = jitter
                 r, d = plan.correction or (torch.ones_like(scale), torch.zeros_like(shift))
                 plan = plan._replace(correction=(r * (1 + scale), d * (1 + scale) + shift))
+        if keep and not again:
             self._calls.remember(local, plan)
         return plan
+
+    @contextmanager
+    def _observed_by(self, observer: Observer) -> Iterator[None]:
+        before, self.observer = self.observer, observer
+        try:
+            yield
+        finally:
+            self.observer = before
 
     def _draw_jitter(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.jitter is None or not self.training:
@@ -367,3 +401,7 @@ class BatchStatistics(Norm):
         for keys in optional:
             if keys <= set(missing_keys):
                 missing_keys[:] = [key for key in missing_keys if key not in keys]
+
+
+def _ignore(batch: Moments, used: Tensor | None) -> None:
+    """Observe nothing."""

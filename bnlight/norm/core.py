@@ -137,7 +137,7 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
         # The rounding of the mean enters this sum times the mean itself, which must not be far from zero.
         if float(torch.addcmul(var, mean, mean, value=-1 / 16).min()) >= 0:
             return mean, var
-    if x.device.type in ("cpu", "cuda") and not transforming():
+    if x.device.type in ("cpu", "cuda") and can_read_values():
         # Without full-precision averages to update, the kernel would return bf16 statistics for bf16 input.
         unused = torch.empty(x.size(1), dtype=dtype, device=x.device)
         mean, var = _update_stats(x, unused, unused, 0.0)

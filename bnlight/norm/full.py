@@ -28,7 +28,10 @@ class FullNorm(BatchStatistics):
     nothing, so there is no such argument.
 
     The averages must follow the weights: with 0.05 and a large learning rate training can diverge, where 0.1
-    does not. They take the loss to be a mean over the batch, so that its gradients do not grow with it.
+    does not. They take the loss to be a mean over the batch, so that its gradients do not grow with it. A loss that is
+    multiplied by a number, as gradient scaling does, has averages that are multiplied too, and lag behind when
+    it changes; gradients that are not finite leave them alone. Synchronized, they are of the sum of the ranks'
+    losses.
 
     Args:
         num_features: number of channels C.
@@ -79,14 +82,17 @@ class FullNorm(BatchStatistics):
         follow(self.running_var, spread + between, rate)
         follow(self.running_mean, mean, rate)
 
-    def way_back(self) -> WayBack:
+    def way_back(self, plan: Plan) -> WayBack:
         if transforming():
             raise RuntimeError(
                 f"{self}: training moves averages in the backward, which torch.func cannot do; call it outside of "
                 "vmap and grad, or evaluate"
             )
         averages = (self.mean_grad, self.var_grad)
-        return partial(_follow_gradients, averages, self.rate(), super().way_back())
+        rate = self.rate()
+        if plan.share is not None and plan.share.dim() > 0:  # of a masked batch, maybe without a value
+            rate = rate * (plan.share > 0).to(self.mean_grad.dtype)
+        return partial(_follow_gradients, averages, rate, super().way_back(plan))
 
 
 def _follow_gradients(
@@ -100,6 +106,8 @@ def _follow_gradients(
         dmean, dvar = over_ranks(dmean, dvar)
     kind = dmean.dtype
     for average, gradient in zip(averages, (dmean, dvar), strict=True):
-        follow(average, converted(gradient, average.dtype), rate)
+        # A loss scale that overflows must not stay in the averages.
+        gradient = torch.where(gradient.isfinite(), converted(gradient, average.dtype), average)
+        follow(average, gradient, rate)
     mean_grad, var_grad = map(snapshot, averages) if torch.compiler.is_compiling() else averages
     return mean_grad.to(kind), var_grad.to(kind)

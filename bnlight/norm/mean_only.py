@@ -72,8 +72,8 @@ class MeanOnlyBatchNorm(BatchStatistics):
                     "of the layer before by it, and set it to 1"
                 )
 
-    def way_back(self) -> WayBack:
-        return partial(_through_the_mean, super().way_back())
+    def way_back(self, plan: Plan) -> WayBack:
+        return partial(_through_the_mean, super().way_back(plan))
 
 
 def _through_the_mean(over_ranks: WayBack | None, dmean: Tensor, dvar: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,8 @@ class BatchLayerNorm(BatchStatistics):
         num_features: number of channels C.
         momentum, virtual_batch_size: as in `BatchNorm`.
         spatial: True pools the positions in the batch statistics. False keeps statistics per position: buffers
-            of shape `(C, *)`, from the first training batch or the loaded state on (before wrapping in DDP).
+            of shape `(C, *)`, with `channel_dim=-1` `(C, positions, 1)`, from the first training batch or the
+            loaded state on (before wrapping in DDP).
         scaled: whether to divide by sqrt(C).
 
     Source: Ziaee and Cano 2022 (arXiv 2209.08898) and the authors' code.
@@ -135,9 +136,10 @@ class BatchLayerNorm(BatchStatistics):
         if self.takes_batch(rows, valid):
             batches = self.virtual_batches(rows, valid)
             with torch.no_grad():
-                plan = self.plan_for(rows, batches.moments())
+                local = batches.moments()
+            plan = self.plan_for(rows, local)
             assert plan.correction is not None
-            y = batches.normalize(batch_weight, batch_bias, plan, self.eps, self.way_back())
+            y = batches.normalize(batch_weight, batch_bias, plan, self.eps, self.way_back(plan))
             batch_part = plan.correction[0][..., 0]  # (K,) or one number
         else:
             batch_part = self._batch_part(1 / self.batch_size.clamp(min=1) * (self.batch_size > 0))
@@ -253,5 +255,6 @@ class SwitchableNorm(BatchStatistics):
         """Mean and variance of each sample's batch, `(N, C)` or `(1, C)`, differentiable."""
         groups, _ = self._groups(x)
         with torch.no_grad():
-            plan = self.plan_for(x, samples.merged(groups))
-        return samples.of_batch(plan, groups, self.way_back())
+            local = samples.merged(groups)
+        plan = self.plan_for(x, local)
+        return samples.of_batch(plan, groups, self.way_back(plan))

@@ -14,32 +14,43 @@ class Calls:
 
     Activation checkpointing runs the forward a second time, inside the backward. By then the running averages
     have moved, which must neither happen twice nor change what the second run computes; and the other ranks
-    of synchronized statistics need not be asked again. A batch is recognized by its statistics among the last
-    eight. A copy of the layer starts without any.
+    of synchronized statistics need not be asked again. A batch is recognized by its statistics, the last ones
+    first, as a backward meets them, each once. A copy of the layer starts without any.
     """
 
     def __init__(self) -> None:
-        self._last: deque[tuple[Tensor, Tensor, Plan]] = deque(maxlen=8)
+        self._last: deque[tuple[Tensor, Tensor, Plan]] = deque(maxlen=64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Calls, ()
 
     def recall(self, batch: Moments) -> Plan | None:
-        """The plan of this batch if it is computed again, None if it is new."""
-        if not recomputing():
-            return None
-        for mean, var, plan in reversed(self._last):
-            if mean.shape == batch.mean.shape and bool(
-                # The same numbers; a kernel may sum them in another order.
-                ((mean - batch.mean).square() <= 1e-8 * (var + batch.var) + 1e-30).all()
+        """The plan of a batch that is computed again, None if there is none."""
+        for index in reversed(range(len(self._last))):
+            mean, var, plan = self._last[index]
+            if mean.shape == batch.mean.shape and not bool(
+                # The same numbers, NaN too; a kernel may sum them in another order.
+                ((mean - batch.mean).square() > 1e-8 * (var + batch.var) + 1e-30).any()
             ):
+                del self._last[index]
                 return plan
         return None
 
     def remember(self, batch: Moments, plan: Plan) -> None:
-        """Keep the plan of a training batch, by references to what its backward holds anyway."""
-        if can_read_values():  # a compiled graph knows what it recomputes, torch.func does not
-            self._last.append((batch.mean, batch.var, plan))
+        """Keep the plan of a training batch that may come again."""
+        self._last.append((batch.mean, batch.var, plan))
+
+
+def comes_again() -> bool:
+    """Whether a backward may run this forward once more: without gradients, or with saved tensors in other hands.
+
+    A compiled graph knows what it recomputes, and torch.func does not recompute.
+    """
+    if not can_read_values():
+        return False
+    return (
+        not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
 
 
 def recomputing() -> bool:

@@ -71,8 +71,16 @@ class BatchRenorm(BatchStatistics):
         if r_min is not None and not 0 <= r_min <= 1:
             raise ValueError(f"BatchRenorm: r_min must be in [0, 1] or None (1 / r_max), got {r_min}")
         self.r_min = r_min
+        self.first_bounds = r_max, d_max
         self.register_buffer("r_max", new_statistic(r_max, (), options))
         self.register_buffer("d_max", new_statistic(d_max, (), options))
+
+    def reset_parameters(self) -> None:
+        """Set weight, bias and the live bounds to their initial values, and forget all batches."""
+        super().reset_parameters()
+        if "d_max" in self._buffers:
+            self.r_max.fill_(self.first_bounds[0])
+            self.d_max.fill_(self.first_bounds[1])
 
     def step(self, batch: Moments, used: Tensor | None) -> Plan:
         running_mean, running_var = self.running_mean, self.running_var

@@ -65,7 +65,9 @@ class RMSNorm(SampleStatistics):
         if x.numel() == 0:
             return affine(x, *self.full_affine(x))
         whole = self.over == "sample" and x.dim() > 2
-        self.warn_if_alone(x, math.prod(x.shape[1:]) if whole else x.size(1), SIGN, "Use NoNorm at this place")
+        self.warn_if_alone(
+            x, math.prod(x.shape[1:]) if whole else x.size(1), SIGN, "Use NoNorm at this place"
+        )
         if whole:
             y = by_sample(
                 lambda rows, share: affine(rows, inverse_rms(rows, self.eps, share)), x, valid_share(x, valid)
@@ -127,7 +129,9 @@ class FilterResponseNorm(SampleStatistics):
         weight, bias = self.full_affine(x)
         eps = torch.full_like(weight, self.eps)
         if self.learned_eps is None:
-            self.warn_if_alone(x, math.prod(x.shape[2:]), SIGN, "Set learn_eps=True, or use LayerNorm at this place")
+            self.warn_if_alone(
+                x, math.prod(x.shape[2:]), SIGN, "Set learn_eps=True, or use LayerNorm at this place"
+            )
         else:
             eps = eps + converted(self.learned_eps, weight.dtype).abs()
 
