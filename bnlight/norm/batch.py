@@ -232,7 +232,8 @@ class BatchStatistics(Norm):
         if not self.counts_batches() or (tracked := self.num_batches_tracked) is None:
             return self.momentum or 0.0
         if not can_read_values() or tracked.device.type != "cpu":
-            return (1 / tracked.clamp(min=1)).clamp(min=self.momentum or 0.0)
+            kind = torch.float32 if self.running_mean is None else self.running_mean.dtype
+            return tracked.clamp(min=1).to(kind).reciprocal().clamp(min=self.momentum or 0.0)
         return max(1 / max(1, int(tracked)), self.momentum or 0.0)
 
     def running_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -363,7 +364,7 @@ class BatchStatistics(Norm):
         values = x.numel() // x.size(1)
         if self.virtual_batch_size is None or values == 0:
             return 1, values
-        samples = len(x)
+        samples = x.size(0)
         groups = max(1, samples // self.virtual_batch_size)
         return groups, samples // groups * (values // samples)
 

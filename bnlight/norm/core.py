@@ -109,7 +109,7 @@ def moments(x: Tensor, valid: Tensor | None = None) -> Moments:
         return Moments(mean, mean, 0, 0)
     if valid is None:
         mean, var = _mean_var(x)
-        return Moments(mean, var, total, len(x))
+        return Moments(mean, var, total, x.size(0))
     dtype = statistics_dtype(x.dtype)
     number = _sum(valid, dtype)
     mean = _sum(x, dtype) / number.clamp(min=1)
@@ -158,11 +158,11 @@ def _sums_in_vectors(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether the way over the backward kernel is the faster one, and its guard can read values."""
     return (
         x.dim() > 2
+        and can_read_values()
         and x.numel() > 20_000  # below, the forward kernel takes less time than the additional operations
         and x.dtype == dtype
         and x.is_contiguous()
         and x.device.type == "cpu"
-        and can_read_values()
     )
 
 
@@ -223,7 +223,7 @@ def through_statistics(
 
 def _apart(x: Tensor, mean: Tensor) -> Tensor:
     """A view of contiguous `x` in which each group's channels are channels, as in `mean`, `(K * C,)`."""
-    return x.reshape(-1, len(mean), *x.shape[2:])
+    return x.reshape(-1, mean.size(0), *x.shape[2:])
 
 
 class _Normalize(torch.autograd.Function):
@@ -247,7 +247,7 @@ class _Normalize(torch.autograd.Function):
         weight, bias, mean, var, share = _of_rows(weight, bias, mean, var, share, r, d)
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
         ctx.eps, ctx.way_back = eps, way_back
-        if x.size(1) == len(mean):
+        if x.size(1) == mean.size(0):
             return _affine(x, weight, bias, mean, var, eps)
         return _affine(_apart(x, mean), weight, bias, mean, var, eps).reshape(x.shape)
 
@@ -256,7 +256,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, share, r, d = ctx.saved_tensors
         eps, shape, dy = ctx.eps, x.shape, keep_layout(dy, x)
-        if x.size(1) != len(mean):
+        if x.size(1) != mean.size(0):
             x, dy = _apart(x, mean), _apart(dy, mean)
         invstd = (var + eps).rsqrt_()
         if share is None:

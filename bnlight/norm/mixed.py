@@ -149,7 +149,9 @@ class BatchLayerNorm(BatchStatistics):
         if layer_part.dim() == 0:
             return y + layer_norm(x, weight * layer_part, torch.zeros_like(bias), self.eps)
         # Sample n has the weight of its virtual batch n mod K.
-        per_sample = layer_part.repeat(-(-len(x) // len(layer_part)))[: len(x)].view(-1, *[1] * (x.dim() - 1))
+        per_sample = layer_part.repeat(-(-x.size(0) // len(layer_part)))[: x.size(0)].view(
+            -1, *[1] * (x.dim() - 1)
+        )
         layer = layer_norm(x, weight, torch.zeros_like(bias), self.eps)
         return y + (layer * per_sample).to(x.dtype)
 

@@ -18,7 +18,7 @@ class VirtualBatches:
     """
 
     def __init__(self, x: Tensor, valid: Tensor | None, groups: int) -> None:
-        self.samples, self.groups = len(x), groups
+        self.samples, self.groups = x.size(0), groups
         if (short := -self.samples % groups) > 0:
             if valid is None:
                 valid = torch.ones(self.samples, *[1] * (x.dim() - 1), dtype=torch.bool, device=x.device)
@@ -57,7 +57,7 @@ class VirtualBatches:
             n, c = self.shape[:2]
             y = y.view(n // self.groups, -1, self.groups, c).transpose(1, 2)
             y = y.reshape(n, *self.shape[2:], c).movedim(-1, 1)
-        return y if len(y) == self.samples else y[: self.samples]
+        return y if y.size(0) == self.samples else y[: self.samples]
 
     def _split(self, x: Tensor) -> Tensor:
         if self.is_contiguous:
