@@ -21,11 +21,11 @@ LAYERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["copied", "in place"], autouse=True)
+@pytest.fixture(scope="module", params=["groups", "samples"], autouse=True)
 def way(request):
-    """Groups in channels last are copied if their samples are small, as here, and otherwise taken as they lie."""
+    """In channels last a group is copied if its samples are small, as here; otherwise each is taken as it lies."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "in place":
+        if request.param == "samples":
             patch.setattr(interleaved, "LARGE", 0)
         yield
 

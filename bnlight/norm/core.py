@@ -184,7 +184,7 @@ WayBack = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From this batch's gradients with respect to mean and variance to those that its values receive."""
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def normalized(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """`(x - mean) / sqrt(var + eps) * weight + bias` in one elementwise pass."""
     if x.numel() == 0:
         return x.clone()  # the kernel divides by the number of values
@@ -221,6 +221,32 @@ def through_statistics(
     return 2 * share * dvar, share * dmean
 
 
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    share: Tensor | None,
+    eps: float,
+    way_back: WayBack | None,
+    needed: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, if needed, and of the corrected weight and bias; all vectors are `(C,)`."""
+    invstd = (var + eps).rsqrt_()
+    if share is None:
+        return _backward(dy, x, weight, None, None, mean, invstd, True, eps, [needed, True, True])  # type: ignore[no-any-return]
+    if x.numel() == 0:
+        dx, dweight, dbias = dy.clone(), torch.zeros_like(mean), torch.zeros_like(mean)
+    else:
+        every = [True, True, True]
+        dx, dweight, dbias = _backward(dy, x, weight, mean, var, mean, invstd, False, eps, every)
+    # So far the statistics were constants. One more elementwise pass adds their part.
+    slope, shift = through_statistics(weight * invstd, invstd, share, dweight, dbias, way_back)
+    dx += normalized(x, slope / invstd, shift, mean, var, eps)
+    return dx, dweight, dbias
+
+
 def _apart(x: Tensor, mean: Tensor) -> Tensor:
     """A view of contiguous `x` in which each group's channels are channels, as in `mean`, `(K * C,)`."""
     return x.reshape(-1, mean.size(0), *x.shape[2:])
@@ -248,8 +274,8 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
         ctx.eps, ctx.way_back = eps, way_back
         if x.size(1) == mean.size(0):
-            return _affine(x, weight, bias, mean, var, eps)
-        return _affine(_apart(x, mean), weight, bias, mean, var, eps).reshape(x.shape)
+            return normalized(x, weight, bias, mean, var, eps)
+        return normalized(_apart(x, mean), weight, bias, mean, var, eps).reshape(x.shape)
 
     @staticmethod
     @first_order
@@ -258,20 +284,8 @@ class _Normalize(torch.autograd.Function):
         eps, shape, dy = ctx.eps, x.shape, keep_layout(dy, x)
         if x.size(1) != mean.size(0):
             x, dy = _apart(x, mean), _apart(dy, mean)
-        invstd = (var + eps).rsqrt_()
-        if share is None:
-            needed = [ctx.needs_input_grad[0], True, True]
-            dx, dweight, dbias = _backward(dy, x, weight, None, None, mean, invstd, True, eps, needed)
-        else:
-            if x.numel() == 0:
-                dx, dweight, dbias = dy.clone(), torch.zeros_like(mean), torch.zeros_like(mean)
-            else:
-                dx, dweight, dbias = _backward(
-                    dy, x, weight, mean, var, mean, invstd, False, eps, [True, True, True]
-                )
-            # So far the statistics were constants. One more elementwise pass adds their part.
-            slope, shift = through_statistics(weight * invstd, invstd, share, dweight, dbias, ctx.way_back)
-            dx += _affine(x, slope / invstd, shift, mean, var, eps)
+        needed = ctx.needs_input_grad[0]
+        dx, dweight, dbias = gradients(dy, x, weight, mean, var, share, eps, ctx.way_back, needed)
         if len(ctx.shape) > 1:
             dweight, dbias = dweight.view(ctx.shape), dbias.view(ctx.shape)
             dx = None if dx is None else dx.reshape(shape)

@@ -1,7 +1,8 @@
-"""Groups of samples that lie between each other: in channels last, normalized without rearranging them.
+"""Groups of samples that lie between each other: virtual batches in channels last.
 
-No kernel takes such a group as a whole. But each sample is a batch as it lies in memory: a group's sums are sums
-over its samples', and the rest is one line per channel.
+No kernel takes such a group as it lies. So groups are copied, a few at a time, each one's channels then channels of
+their own. In full precision large samples are better left where they are: a group's sums are sums over its
+samples, each of which is a batch as it lies in memory, and the rest is one line per channel.
 """
 
 from itertools import cycle
@@ -14,53 +15,56 @@ from bnlight.norm.core import (
     Moments,
     Plan,
     WayBack,
-    can_read_values,
     channel_sums,
     corrected,
+    gradients,
     keep_layout,
     moments,
+    normalized,
+    statistics_dtype,
     through_statistics,
     uncorrected,
 )
 from bnlight.norm.first_order import first_order
 
 LARGE = 2**17
-"""Bytes in a sample beyond which calls of its own cost less than the copies that avoid them."""
+"""Bytes in a sample beyond which a call of its own costs less than the copy that avoids it."""
+
+BLOCK = 2**20
+"""Bytes of the groups that are copied together; a larger group is copied by itself."""
 
 
-def in_place(x: Tensor) -> bool:
-    """Whether the groups of `x`, in channels last, are normalized where they are and not faster in a copy."""
-    return can_read_values() and x.device.type == "cpu" and x.nbytes > len(x) * LARGE
+def interleaved_moments(x: Tensor, valid: Tensor | None, groups: int) -> Moments:
+    """Moments `(K, C)` of K groups of equally many samples, sample n in group n mod K; not differentiable.
 
-
-def interleaved_moments(x: Tensor, groups: int) -> Moments:
-    """Moments `(K, C)` of K groups of equally many samples, sample n in group n mod K; not differentiable."""
-    mean, var = _stacked([moments(sample)[:2] for sample in _samples(x)], groups)
-    together = mean.mean(0)
-    spread = (var + (mean - together).square_()).mean(0)
-    samples = len(x) // groups
-    return Moments(together, spread, samples * x.shape[2:].numel(), samples)
+    Where `valid`, of x's shape, is None the numbers are ints.
+    """
+    if valid is None and _sample_by_sample(x):
+        return _moments_by_sample(x, groups)
+    parts = [
+        moments(_copy(x, groups, some), None if valid is None else _copy(valid, groups, some))
+        for some in _blocks(x, groups)
+    ]
+    mean, var = (torch.cat(vectors).view(groups, -1) for vectors in list(zip(*parts, strict=True))[:2])
+    if valid is None:
+        return Moments(mean, var, parts[0].number, x.size(0) // groups)
+    number = torch.cat([torch.as_tensor(part.number) for part in parts]).view(mean.shape)
+    return Moments(mean, var, number, valid.flatten(1).any(1).view(-1, groups).sum(0).view(-1, 1))
 
 
 def normalize_interleaved(
     x: Tensor, weight: Tensor, bias: Tensor, plan: Plan, eps: float, way_back: WayBack | None
 ) -> Tensor:
-    """`core.normalize` of each sample by its group's part of the plan `(K, C)`; weight and bias are `(C,)`."""
+    """`core.normalize` of each group by its part of the plan `(K, C)`; weight and bias are `(C,)`."""
     mean, var, share, correction = plan
-    if share is None:
-        share = torch.full_like(mean, mean.numel() / x.numel())
-    y: Tensor = _Interleaved.apply(  # type: ignore[no-untyped-call]
+    function = _BySample if _sample_by_sample(x) else _ByGroup
+    y: Tensor = function.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, mean, var, share, *(correction or (None, None)), eps, way_back
     )
     return y
 
 
-def regrouped(x: Tensor, groups: int) -> Tensor:
-    """A copy of `x`, in channels last, in which each group's channels are channels, `(values, K * C)`."""
-    return _rows(x, groups).transpose(1, 2).reshape(-1, groups * x.size(1))
-
-
-class _Interleaved(torch.autograd.Function):
+class _ByGroup(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -69,7 +73,70 @@ class _Interleaved(torch.autograd.Function):
         bias: Tensor,
         mean: Tensor,
         var: Tensor,
-        share: Tensor,
+        share: Tensor | None,
+        r: Tensor | None,
+        d: Tensor | None,
+        eps: float,
+        way_back: WayBack | None,
+    ) -> Tensor:
+        weight, bias = (values.expand_as(mean) for values in corrected(weight, bias, r, d))
+        share = None if share is None else share.expand_as(mean)
+        ctx.save_for_backward(x, weight, mean, var, share, r, d)
+        ctx.eps, ctx.way_back = eps, way_back
+        y, groups = torch.empty_like(x), len(mean)
+        for some in _blocks(x, groups):
+            w, b, m, v = (values[some].reshape(-1) for values in (weight, bias, mean, var))
+            _put(y, groups, some, normalized(_copy(x, groups, some), w, b, m, v, eps))
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, share, r, d = ctx.saved_tensors
+        dy, dx, groups, sums = keep_layout(dy, x), torch.empty_like(x), len(mean), []
+        for some in _blocks(x, groups):
+            w, m, v = (values[some].reshape(-1) for values in (weight, mean, var))
+            s = None if share is None else share[some].reshape(-1)
+            rows = _copy(dy, groups, some), _copy(x, groups, some)
+            part, *of_weight_and_bias = gradients(*rows, w, m, v, s, ctx.eps, ctx.way_back)
+            _put(dx, groups, some, part)
+            sums.append(of_weight_and_bias)
+        dweight, dbias = (torch.cat(parts).view(mean.shape) for parts in zip(*sums, strict=True))
+        return dx, *uncorrected(dweight, dbias, r, d), *[None] * 7
+
+
+def _blocks(x: Tensor, groups: int) -> list[slice]:
+    """The groups that are copied together."""
+    size = max(1, min(groups, BLOCK * groups // max(1, x.nbytes)))
+    return [slice(first, first + size) for first in range(0, groups, size)]
+
+
+def _copy(x: Tensor, groups: int, some: slice) -> Tensor:
+    """A copy of some groups, `(values, groups * C)`."""
+    return _rows(x, groups)[:, some].transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _put(x: Tensor, groups: int, some: slice, copy: Tensor) -> None:
+    """Write what `_copy` reads."""
+    place = _rows(x, groups)[:, some].transpose(1, 2)
+    place.copy_(copy.view(place.shape))
+
+
+def _rows(x: Tensor, groups: int) -> Tensor:
+    """`x` as it lies in memory, `(N / K, K, positions, C)`."""
+    return x.movedim(1, -1).reshape(x.size(0) // groups, groups, -1, x.size(1))
+
+
+class _BySample(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        share: Tensor | None,
         r: Tensor | None,
         d: Tensor | None,
         eps: float,
@@ -88,20 +155,19 @@ class _Interleaved(torch.autograd.Function):
         x, scale, mean, invstd, share, r, d = ctx.saved_tensors
         dy = keep_layout(dy, x)
         pairs = zip(_samples(dy), _samples(x), cycle(mean), cycle(invstd), strict=False)
-        sums = _stacked([channel_sums(*pair) for pair in pairs], len(mean))
-        dweight, dbias = (values.sum(0) for values in sums)
+        parts = zip(*(channel_sums(*pair) for pair in pairs), strict=True)
+        dweight, dbias = (torch.stack(sums).view(-1, *mean.shape).sum(0) for sums in parts)
+        if share is None:
+            share = mean.numel() / x.numel()
         slope, shift = through_statistics(scale, invstd, share, dweight, dbias, ctx.way_back)
         dx = _line(x, slope, torch.addcmul(shift, mean, slope, value=-1))
-        if dx.dtype == scale.dtype:
-            _rows(dx, len(scale)).addcmul_(_rows(dy, len(scale)), scale[:, None])
-        else:
-            dx += _line(dy, scale, torch.zeros_like(scale))
+        _rows(dx, len(mean)).addcmul_(_rows(dy, len(mean)), scale[:, None])
         return dx, *uncorrected(dweight, dbias, r, d), *[None] * 7
 
 
-def _rows(x: Tensor, groups: int) -> Tensor:
-    """`x` as it lies in memory, `(N / K, K, positions, C)`."""
-    return x.movedim(1, -1).reshape(len(x) // groups, groups, -1, x.size(1))
+def _sample_by_sample(x: Tensor) -> bool:
+    full_precision = x.dtype == statistics_dtype(x.dtype)
+    return full_precision and x.device.type == "cpu" and x.nbytes > x.size(0) * LARGE
 
 
 def _samples(x: Tensor) -> tuple[Tensor, ...]:
@@ -109,19 +175,16 @@ def _samples(x: Tensor) -> tuple[Tensor, ...]:
     return _rows(x, 1).flatten(0, 1).unbind()
 
 
-def _stacked(values: list[tuple[Tensor, Tensor]], groups: int) -> list[Tensor]:
-    """Both of each sample's values, `(C,)`, as `(N / K, K, C)`."""
-    return [torch.stack(each).view(-1, groups, len(each[0])) for each in zip(*values, strict=True)]
+def _moments_by_sample(x: Tensor, groups: int) -> Moments:
+    parts = zip(*(moments(sample)[:2] for sample in _samples(x)), strict=True)
+    means, variances = (torch.stack(vectors).view(-1, groups, x.size(1)) for vectors in parts)
+    mean = means.mean(0)
+    var = (variances + (means - mean).square_()).mean(0)
+    return Moments(mean, var, x.numel() // mean.numel(), x.size(0) // groups)
 
 
 def _line(x: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
     """`x * slope + shift`, by the `(K, C)` of the sample's group."""
-    y = torch.empty_like(x)
-    if x.dtype == slope.dtype:
-        torch.addcmul(shift[:, None], _rows(x, len(slope)), slope[:, None], out=_rows(y, len(slope)))
-        return y
-    zeros, ones, unused = torch.zeros_like(slope[0]), torch.ones_like(slope[0]), slope.new_empty(0)
-    for sample, weight, bias, to in zip(_samples(x), cycle(slope), cycle(shift), _samples(y), strict=False):
-        results = (to, unused, unused)
-        torch.native_batch_norm(sample, weight, bias, zeros, ones, False, 0.0, 0.0, out=results)
+    y, groups = torch.empty_like(x), len(slope)
+    torch.addcmul(shift[:, None], _rows(x, groups), slope[:, None], out=_rows(y, groups))
     return y
