@@ -304,3 +304,8 @@ def test_keras_own_initializers_and_policies_are_read(keras):
     assert 0.5 <= mine.weight.min() < mine.weight.max() <= 1.5
     assert mine.bias.std().item() == pytest.approx(0.05, rel=0.1)
     assert isinstance(mine.weight, nn.Parameter)
+
+
+def test_no_channels_are_refused():
+    with pytest.raises(ValueError, match="num_features=0 is not a number of channels"):
+        from_keras({"axis": 1}, num_features=0)

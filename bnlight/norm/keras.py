@@ -214,7 +214,9 @@ def _features(
     given: int | None, channel_dim: int, shape: list[int | None] | None, problems: list[str]
 ) -> int:
     known = None if shape is None else shape[channel_dim]
-    if given is None and known is None:
+    if given is not None and given < 1:
+        problems.append(f"num_features={given} is not a number of channels")
+    elif given is None and known is None:
         problems.append("the number of channels is not in it: give from_keras(config, num_features=...)")
     elif given is not None and known is not None and given != known:
         problems.append(
