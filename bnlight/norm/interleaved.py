@@ -1,8 +1,8 @@
 """Groups of samples that lie between each other: virtual batches in channels last.
 
-No kernel takes such a group as it lies. So groups are copied, a few at a time, each one's channels then channels of
-their own. In full precision large samples are better left where they are: a group's sums are sums over its
-samples, each of which is a batch as it lies in memory, and the rest is one line per channel.
+No kernel takes such a group as it lies, so each is copied, one at a time. In full precision large samples are
+better left where they are: a group's sums are sums over its samples, each of which is a batch as it lies in
+memory, and the rest is one line per channel.
 """
 
 from itertools import cycle
@@ -30,9 +30,6 @@ from bnlight.norm.first_order import first_order
 LARGE = 2**17
 """Bytes in a sample beyond which a call of its own costs less than the copy that avoids it."""
 
-BLOCK = 2**20
-"""Bytes of the groups that are copied together; a larger group is copied by itself."""
-
 
 def interleaved_moments(x: Tensor, valid: Tensor | None, groups: int) -> Moments:
     """Moments `(K, C)` of K groups of equally many samples, sample n in group n mod K; not differentiable.
@@ -41,14 +38,13 @@ def interleaved_moments(x: Tensor, valid: Tensor | None, groups: int) -> Moments
     """
     if valid is None and _sample_by_sample(x):
         return _moments_by_sample(x, groups)
-    parts = [
-        moments(_copy(x, groups, some), None if valid is None else _copy(valid, groups, some))
-        for some in _blocks(x, groups)
-    ]
-    mean, var = (torch.cat(vectors).view(groups, -1) for vectors in list(zip(*parts, strict=True))[:2])
+    where = [None] * groups if valid is None else _groups(valid, groups)
+    pairs = zip(_groups(x, groups), where, strict=True)
+    parts = [moments(_copy(group), None if v is None else _copy(v)) for group, v in pairs]
+    mean, var = (torch.stack(vectors) for vectors in list(zip(*parts, strict=True))[:2])
     if valid is None:
         return Moments(mean, var, parts[0].number, x.size(0) // groups)
-    number = torch.cat([torch.as_tensor(part.number) for part in parts]).view(mean.shape)
+    number = torch.stack([torch.as_tensor(part.number) for part in parts])
     return Moments(mean, var, number, valid.flatten(1).any(1).view(-1, groups).sum(0).view(-1, 1))
 
 
@@ -83,48 +79,39 @@ class _ByGroup(torch.autograd.Function):
         share = None if share is None else share.expand_as(mean)
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
         ctx.eps, ctx.way_back = eps, way_back
-        y, groups = torch.empty_like(x), len(mean)
-        for some in _blocks(x, groups):
-            w, b, m, v = (values[some].reshape(-1) for values in (weight, bias, mean, var))
-            _put(y, groups, some, normalized(_copy(x, groups, some), w, b, m, v, eps))
+        y = torch.empty_like(x)
+        groups = zip(_groups(x, len(mean)), _groups(y, len(mean)), weight, bias, mean, var, strict=True)
+        for group, to, w, b, m, v in groups:
+            to.copy_(normalized(_copy(group), w, b, m, v, eps).view(to.shape))
         return y
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, share, r, d = ctx.saved_tensors
-        dy, dx, groups, sums = keep_layout(dy, x), torch.empty_like(x), len(mean), []
-        for some in _blocks(x, groups):
-            w, m, v = (values[some].reshape(-1) for values in (weight, mean, var))
-            s = None if share is None else share[some].reshape(-1)
-            rows = _copy(dy, groups, some), _copy(x, groups, some)
-            part, *of_weight_and_bias = gradients(*rows, w, m, v, s, ctx.eps, ctx.way_back)
-            _put(dx, groups, some, part)
-            sums.append(of_weight_and_bias)
-        dweight, dbias = (torch.cat(parts).view(mean.shape) for parts in zip(*sums, strict=True))
+        dy, dx, sums = keep_layout(dy, x), torch.empty_like(x), []
+        shares = [None] * len(mean) if share is None else share
+        groups = (_groups(tensor, len(mean)) for tensor in (dy, x, dx))
+        for dgroup, group, to, w, m, v, s in zip(*groups, weight, mean, var, shares, strict=True):
+            part, *parts = gradients(_copy(dgroup), _copy(group), w, m, v, s, ctx.eps, ctx.way_back)
+            to.copy_(part.view(to.shape))
+            sums.append(parts)
+        dweight, dbias = (torch.stack(parts) for parts in zip(*sums, strict=True))
         return dx, *uncorrected(dweight, dbias, r, d), *[None] * 7
-
-
-def _blocks(x: Tensor, groups: int) -> list[slice]:
-    """The groups that are copied together."""
-    size = max(1, min(groups, BLOCK * groups // max(1, x.nbytes)))
-    return [slice(first, first + size) for first in range(0, groups, size)]
-
-
-def _copy(x: Tensor, groups: int, some: slice) -> Tensor:
-    """A copy of some groups, `(values, groups * C)`."""
-    return _rows(x, groups)[:, some].transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def _put(x: Tensor, groups: int, some: slice, copy: Tensor) -> None:
-    """Write what `_copy` reads."""
-    place = _rows(x, groups)[:, some].transpose(1, 2)
-    place.copy_(copy.view(place.shape))
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:
     """`x` as it lies in memory, `(N / K, K, positions, C)`."""
     return x.movedim(1, -1).reshape(x.size(0) // groups, groups, -1, x.size(1))
+
+
+def _groups(x: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """Each group as it lies in memory, `(N / K, positions, C)`."""
+    return _rows(x, groups).unbind(1)
+
+
+def _copy(group: Tensor) -> Tensor:
+    return group.reshape(-1, group.size(-1))
 
 
 class _BySample(torch.autograd.Function):
