@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import queue
+from pathlib import Path
 
 import pytest
 import torch
 
-from bnlight.bench import measure
-from bnlight.bench.contenders import BASELINE, NaiveBatchRenorm, layers, norm_names
-from bnlight.bench.norm import Case, cases, main, percentiles, summary
+from bnlight.bench import measure, sync
+from bnlight.bench.cases import Case, cases, percentiles
+from bnlight.bench.contenders import (
+    BASELINE,
+    OF_POSITIONS,
+    ChunkedBatchNorm,
+    NaiveBatchRenorm,
+    NaiveFilterResponseNorm,
+    OverChannels,
+    layers,
+    norm_names,
+)
+from bnlight.bench.norm import main, summary
 from bnlight.cli import main as command
-from bnlight.norm import NORMS, BatchRenorm
+from bnlight.norm import NORMS, BatchNorm, BatchRenorm, FilterResponseNorm, LayerNorm
 
 CPU = torch.device("cpu")
 SMALL = ["--shapes", "8x8x4x4,16x8", "--rounds", "3"]
@@ -43,6 +55,9 @@ def test_the_quick_run_prints_every_norm_what_ran_and_where(capsys: pytest.Captu
         "torch GroupNorm",
         "torch LayerNorm",
         "torch InstanceNorm",
+        "torch RMSNorm",
+        "naive frn",
+        "chunked",
     ]:
         assert f"\n{name} " in printed
     for said in [
@@ -64,7 +79,7 @@ def test_every_number_is_positive_and_finite_and_the_baseline_is_one(written: di
             assert 0 < layer["p10"] <= layer["median"] <= layer["p90"] < math.inf
             assert layer["microseconds"] > 0
             assert layer["bandwidth"] > 0
-            assert 1 <= layer["memory"] < 20
+            assert 1 <= layer["memory"] < 60  # of so small an x
         assert case["layers"][BASELINE]["median"] == 1
 
 
@@ -75,7 +90,7 @@ def test_the_file_has_every_case_every_layer_and_the_circumstances(written: dict
     }
     assert len(found) == 2 * 2 + 2
     for (shape, _, _), measured in found.items():
-        missing = {"instance", "torch InstanceNorm", "frn"} if len(shape) == 2 else set()
+        missing = {*OF_POSITIONS, "torch InstanceNorm", "naive frn"} if len(shape) == 2 else set()
         assert {BASELINE, *NORMS, "virtual", "naive renorm"} - missing <= measured.keys()
         assert not missing & measured.keys()
     assert written["summary"].keys() == {name for measured in found.values() for name in measured}
@@ -106,6 +121,7 @@ def test_only_the_chosen_norms_run(capsys: pytest.CaptureFixture[str]) -> None:
         (["--shapes", "8x4x2"], "expected shapes NxC (N at least 8) or NxCxHxW"),
         (["--shapes", "8xa"], "got '8xa'"),
         (["--rounds", "0"], "at least 1, got '0'"),
+        (["--sync", "--norms", "batch,layer,virtual"], "layer, virtual: no statistics over ranks"),
         (["--json", "missing/file.json"], "there is no folder"),
     ],
 )
@@ -135,6 +151,50 @@ def test_the_naive_formula_is_batch_renorm() -> None:
     naive, layer = NaiveBatchRenorm(4), BatchRenorm(4)
     for _ in range(3):
         torch.testing.assert_close(naive(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_other_forms_compute_what_the_layers_do() -> None:
+    x = torch.randn(8, 4, 5, 5) * 2 + 1
+    for other, layer in (
+        (NaiveFilterResponseNorm(4), FilterResponseNorm(4)),
+        (OverChannels(torch.nn.LayerNorm(4)), LayerNorm(4, over="channels")),
+    ):
+        torch.testing.assert_close(other(x), layer(x), rtol=1e-4, atol=1e-5)
+    chunked = ChunkedBatchNorm(torch.nn.BatchNorm2d(4), 4)
+    # Its groups are neighbours, the layer's are n mod 4.
+    interleaved = x.unflatten(0, (4, 2)).transpose(0, 1).flatten(0, 1)
+    y = BatchNorm(4, virtual_batch_size=2)(interleaved).unflatten(0, (2, 4)).transpose(0, 1).flatten(0, 1)
+    torch.testing.assert_close(chunked(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_compare_synchronized_layers_with_local_ones(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "sync.json"
+    assert main(["--sync", *SMALL, "--dtypes", "float32", "--json", str(file)]) == 0
+    assert "processes 2" in capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert len(written["cases"]) == 3
+    for case in written["cases"]:
+        both = ["batch", "batch, 2 ranks", "renorm", "renorm, 2 ranks"]
+        assert list(case["layers"]) == [BASELINE, *both, "all_reduce, 2 ranks"]
+        # Nothing but the exchange is added, and that is not for nothing.
+        assert all(case["layers"][f"{name}, 2 ranks"]["median"] > 1 for name in ("batch", "renorm"))
+
+
+def test_a_process_that_fails_ends_the_command_with_its_error() -> None:
+    case = Case((8, 4), "float32", "contiguous")
+    with pytest.raises(Exception, match="there_is_none"):
+        list(sync.measure_ranks([case], ["there_is_none"], threads=1, rounds=3, budget=0.0))
+
+
+def test_processes_that_do_not_finish_end_the_command() -> None:
+    class Running:
+        def join(self, timeout: float) -> bool:
+            return False
+
+    with pytest.raises(TimeoutError, match="did not finish a case within 1 seconds"):
+        sync._next(queue.Queue(), Running(), patience=1.0)
 
 
 def test_two_dimensional_input_has_one_layout() -> None:
@@ -180,6 +240,24 @@ def test_peak_memory_counts_what_lives_at_the_same_time() -> None:
 
     assert measure.peak_memory(one_after_the_other, CPU) == pytest.approx(x.nbytes, rel=0.01)
     assert measure.peak_memory(together, CPU) == pytest.approx(3 * x.nbytes, rel=0.01)
+
+
+def test_processes_that_agree_repeat_a_step_equally_often() -> None:
+    met: list[float] = []
+
+    def slowest(number: float) -> float:
+        met.append(number)
+        return max(number, 1.0)
+
+    ran = {"a": 0}
+
+    def step() -> None:
+        ran["a"] += 1
+
+    seconds = measure.interleaved({"a": step}, CPU, rounds=4, budget=10.0, agree=slowest)
+    assert ran["a"] == 2 + 4  # a second each: no repeats
+    assert len(seconds["a"]) == 4
+    assert len(met) == 1 + 4
 
 
 def test_percentiles_are_the_tenth_and_the_ninetieth() -> None:

@@ -1,11 +1,16 @@
 """What `bnlight bench norm` compares: bnlight's layers, torch's forms of them, and the formula by autograd."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from bnlight.norm import NORMS, BatchNorm, GroupNorm, LayerNorm
 
 BASELINE = "torch BatchNorm"
+OF_POSITIONS = ("batch_instance", "instance", "frn")
+"""Layers for which `(N, C)` has one value per channel and sample."""
 
 
 class NaiveBatchRenorm(nn.Module):
@@ -35,11 +40,41 @@ class NaiveBatchRenorm(nn.Module):
         return (xhat * self.weight.view(view) + self.bias.view(view)).to(x.dtype)
 
 
-class PermutedLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over the channels of `(N, C, *)`, which it wants last."""
+class NaiveFilterResponseNorm(nn.Module):
+    """Filter response normalization as the formula reads, without its activation."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        view = (1, -1, *[1] * (x.dim() - 2))
+        nu2 = x.square().mean([*range(2, x.dim())], keepdim=True)
+        return (self.weight.view(view) * (x * torch.rsqrt(nu2 + 1e-6)) + self.bias.view(view)).to(x.dtype)
+
+
+class ChunkedBatchNorm(nn.Module):
+    """Ghost batch norm as Composer has it: one `nn.BatchNorm` for each chunk of the batch, and all concatenated."""
+
+    def __init__(self, norm: nn.Module, chunks: int) -> None:
+        super().__init__()
+        self.norm, self.chunks = norm, chunks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.norm(chunk) for chunk in x.chunk(self.chunks)])
+
+
+class OverChannels(nn.Module):
+    """A norm over the last axis, as torch's, on the channels of `(N, C, *)`."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x.movedim(1, -1))
+        return y.movedim(-1, 1)
 
 
 def norm_names() -> list[str]:
@@ -47,28 +82,37 @@ def norm_names() -> list[str]:
     return [*NORMS, "virtual"]
 
 
-def layers(norms: list[str], x: Tensor) -> dict[str, nn.Module]:
+def plain_batch_norm(x: Tensor) -> nn.Module:
+    """torch's batch norm for input like `x`."""
+    return (nn.BatchNorm1d if x.dim() == 2 else nn.BatchNorm2d)(x.size(1), device=x.device)
+
+
+def layers(norms: Sequence[str], x: Tensor) -> dict[str, nn.Module]:
     """The baseline, and for each name bnlight's layer and its other forms, for input like `x`."""
-    (n, c), device, dtype = x.shape[:2], x.device, x.dtype
-    plain = nn.BatchNorm1d if x.dim() == 2 else nn.BatchNorm2d
-    chosen: dict[str, nn.Module] = {BASELINE: plain(c, device=device)}
+    n, c = x.shape[:2]
+    # On a GPU torch's other kernels want parameters of x's dtype.
+    place: dict[str, Any] = {"device": x.device, "dtype": x.dtype}
+    chosen: dict[str, nn.Module] = {BASELINE: plain_batch_norm(x)}
     for name in norms:
-        if name in ("instance", "frn") and x.dim() == 2:
-            continue  # one value per channel
+        if x.dim() == 2 and name in OF_POSITIONS:
+            continue
         if name == "virtual":
-            chosen[name] = BatchNorm(c, virtual_batch_size=max(1, n // 4), device=device)
-        else:
-            chosen[name] = NORMS[name](c, device=device)
-        # On a GPU torch's other kernels want parameters of x's dtype.
+            chosen[name] = BatchNorm(c, virtual_batch_size=max(1, n // 4), device=x.device)
+            chosen["chunked"] = ChunkedBatchNorm(plain_batch_norm(x), min(n, 4))
+            continue
+        chosen[name] = NORMS[name](c, device=x.device)
         if name == "renorm":
-            chosen["naive renorm"] = NaiveBatchRenorm(c).to(device)
+            chosen["naive renorm"] = NaiveBatchRenorm(c).to(x.device)
         elif name == "layer":
-            chosen["torch GroupNorm(1,C)"] = nn.GroupNorm(1, c, device=device, dtype=dtype)
-            chosen["layer (channels)"] = LayerNorm(c, over="channels", device=device)
-            chosen["torch LayerNorm"] = PermutedLayerNorm(c, device=device, dtype=dtype)
+            chosen["torch GroupNorm(1,C)"] = nn.GroupNorm(1, c, **place)
+            chosen["layer (channels)"] = LayerNorm(c, over="channels", device=x.device)
+            chosen["torch LayerNorm"] = OverChannels(nn.LayerNorm(c, **place))
         elif name == "group":
-            groups = GroupNorm(c).num_groups
-            chosen["torch GroupNorm"] = nn.GroupNorm(groups, c, device=device, dtype=dtype)
+            chosen["torch GroupNorm"] = nn.GroupNorm(GroupNorm(c).num_groups, c, **place)
         elif name == "instance":
-            chosen["torch InstanceNorm"] = nn.InstanceNorm2d(c, affine=True, device=device, dtype=dtype)
+            chosen["torch InstanceNorm"] = nn.InstanceNorm2d(c, affine=True, **place)
+        elif name == "rms":
+            chosen["torch RMSNorm"] = OverChannels(nn.RMSNorm(c, **place))
+        elif name == "frn":
+            chosen["naive frn"] = NaiveFilterResponseNorm(c).to(x.device)
     return chosen

@@ -1,5 +1,6 @@
 """Measure steps against each other: interleaved times, peak memory, and the machine's copy bandwidth."""
 
+import ctypes
 import os
 import random
 import statistics
@@ -13,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from bnlight.run.provenance import cpu_name
 
 Step = Callable[[], None]
+Agree = Callable[[float], float]
+"""Of a number that may differ between processes makes one for all; they meet here."""
 
 SHORTEST = 4e-3
 """Seconds that one timing lasts at least; a shorter step is repeated within it."""
@@ -25,18 +28,38 @@ def hardware(device: torch.device) -> str:
     return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
+def keep_freed_memory() -> bool:
+    """Let the process keep the memory it frees, as a GPU's allocator does, if its C library is glibc.
+
+    Otherwise large tensors come from the system anew in each step, or not, as chance places them, and their page
+    faults take longer than the layers.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except OSError:
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
+
+
+def own(number: float) -> float:
+    """`Agree` for a process alone."""
+    return number
+
+
 def interleaved(
-    steps: Mapping[str, Step], device: torch.device, rounds: int, budget: float
+    steps: Mapping[str, Step], device: torch.device, rounds: int, budget: float, agree: Agree = own
 ) -> dict[str, list[float]]:
     """Seconds of each step in each round; every round runs all steps in a new random order.
 
     Each step first runs twice without being recorded; the second run says how often one timing repeats it.
-    There are `rounds` rounds, or as many as `budget` seconds allow, but at least three.
+    There are `rounds` rounds, or as many as `budget` seconds allow, but at least three. Processes that `agree`
+    do the same at the same time.
     """
     repeats, cost = {}, 0.0
     for name, step in steps.items():
         step()
-        once = timed(step, device, 1)
+        once = agree(timed(step, device, 1))
         repeats[name] = max(1, round(SHORTEST / once))
         cost += once * repeats[name]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -44,6 +67,7 @@ def interleaved(
     for _ in range(max(3, min(rounds, int(budget / cost)))):
         shuffle(order)
         for name in order:
+            agree(0.0)
             seconds[name].append(timed(steps[name], device, repeats[name]))
     return seconds
 

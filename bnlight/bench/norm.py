@@ -4,22 +4,22 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
+from bnlight.bench.cases import DTYPES, LAYOUTS, PASSES, Case, Result, cases, measure
 from bnlight.bench.contenders import BASELINE, layers, norm_names
-from bnlight.bench.measure import Step, copy_seconds, hardware, interleaved, peak_memory
+from bnlight.bench.measure import hardware, keep_freed_memory
+from bnlight.bench.sync import RANKS, measure_ranks, synchronizable
 
 SHAPES = "64x64x56x56,32x256x14x14,8x512x7x7,4x64x112x112,256x128"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 STYLE: dict[str, Any] = {
     "title_justify": "left",
     "title_style": "bold",
@@ -27,90 +27,6 @@ STYLE: dict[str, Any] = {
     "padding": (0, 1, 0, 0),
     "pad_edge": False,
 }
-PASSES = 5  # a step reads x and writes y, then reads x and dy and writes dx
-
-
-@dataclass(frozen=True)
-class Case:
-    """One input that all layers get."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    layout: str
-
-    def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {self.dtype} {self.layout}"
-
-    def tensor(self, device: torch.device) -> Tensor:
-        """Random values of this shape, dtype and layout."""
-        x = torch.randn(self.shape, device=device, dtype=DTYPES[self.dtype])
-        return x.contiguous(memory_format=LAYOUTS[self.layout])
-
-
-@dataclass(frozen=True)
-class Result:
-    """One layer in one case: ratios to torch's BatchNorm, memory in sizes of x, share of the bandwidth."""
-
-    median: float
-    p10: float
-    p90: float
-    microseconds: float
-    memory: float
-    bandwidth: float
-    seconds: list[float]
-
-
-def cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], layouts: Sequence[str]) -> list[Case]:
-    """All combinations; `(N, C)` has one layout."""
-    return [
-        Case(shape, dtype, layout)
-        for shape in shapes
-        for dtype in dtypes
-        for layout in (layouts if len(shape) == 4 else ["contiguous"])
-    ]
-
-
-def training_step(layer: nn.Module, x: Tensor, dy: Tensor) -> Step:
-    """Forward and backward of `layer`; the gradients go at its end, as in a training loop."""
-    inputs = [x, *layer.parameters()]
-
-    def step() -> None:
-        layer(x).backward(dy)
-        for tensor in inputs:
-            tensor.grad = None
-
-    return step
-
-
-def measure(
-    case: Case, norms: list[str], device: torch.device, rounds: int, budget: float
-) -> dict[str, Result]:
-    """Every layer's result in this case, the baseline first."""
-    torch.manual_seed(0)
-    x, dy = case.tensor(device), case.tensor(device)
-    floor = PASSES / 2 * copy_seconds(x)
-    x.requires_grad_()
-    steps = {name: training_step(layer, x, dy) for name, layer in layers(norms, x).items()}
-    seconds = interleaved(steps, device, rounds, budget)
-    results = {}
-    for name, times in seconds.items():
-        ratios = [mine / torchs for mine, torchs in zip(times, seconds[BASELINE], strict=True)]
-        typical = statistics.median(times)
-        results[name] = Result(
-            statistics.median(ratios),
-            *percentiles(ratios),
-            typical * 1e6,
-            peak_memory(steps[name], device) / dy.nbytes,
-            floor / typical,
-            times,
-        )
-    return results
-
-
-def percentiles(values: list[float]) -> tuple[float, float]:
-    """The 10th and the 90th."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return tenths[0], tenths[-1]
 
 
 def case_table(case: Case, results: dict[str, Result]) -> Table:
@@ -163,7 +79,11 @@ def summary_table(rows: dict[str, dict[str, Any]], cases: int) -> Table:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, each list split and checked; argparse prints what is wrong and exits with 2."""
-    parser = argparse.ArgumentParser(prog="bnlight bench norm", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="bnlight bench norm",
+        description=f"{__doc__} Other forms stand beside bnlight's: torch's GroupNorm, LayerNorm, InstanceNorm and "
+        "RMSNorm; renorm and frn as their formulas read; one BatchNorm for each of four chunks (virtual batches).",
+    )
 
     def names(known: Sequence[str]) -> Any:
         def split(text: str) -> list[str]:
@@ -190,13 +110,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         return int(text)
 
     def listed(option: str, known: Sequence[str]) -> None:
-        default = ",".join(known)
-        parser.add_argument(option, type=names(known), default=default, help=f"some of {default}")
+        parser.add_argument(option, type=names(known), help=f"some of {','.join(known)} (default: all)")
 
     parser.add_argument("--shapes", type=shapes, help=f"default: {SHAPES}")
     listed("--dtypes", list(DTYPES))
     listed("--layouts", list(LAYOUTS))
     listed("--norms", norm_names())
+    parser.add_argument(
+        "--sync",
+        action="store_true",
+        help=f"compare layers synchronized over {RANKS} processes with local ones (default: batch,renorm)",
+    )
     parser.add_argument("--rounds", type=positive, default=15, help="at most, within the time (default: 15)")
     parser.add_argument("--threads", type=positive, default=1, help="of the CPU (default: 1)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -205,10 +129,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if options.sync and options.device != "cpu":
+        parser.error("--sync runs on the CPU")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {options.json.absolute().parent}")
-    if options.quick:
-        options.dtypes = ["float32"]
+    options.dtypes = ["float32"] if options.quick else options.dtypes or list(DTYPES)
+    options.layouts = options.layouts or list(LAYOUTS)
+    if options.sync:
+        options.norms = options.norms or ["batch", "renorm"]
+        if local := set(options.norms) - set(synchronizable(options.norms)):
+            parser.error(f"--sync: {', '.join(sorted(local))}: no statistics over ranks")
+    options.norms = options.norms or norm_names()
     options.shapes = options.shapes or shapes("8x512x7x7,256x128" if options.quick else SHAPES)
     return options
 
@@ -225,16 +156,27 @@ def main(arguments: Sequence[str]) -> int:
         "hardware": hardware(device),
         "device": options.device,
         "torch": torch.__version__,
+        "processes": RANKS if options.sync else 1,
         "threads": options.threads,
         "rounds": options.rounds,
+        "freed memory kept": device.type != "cpu" or keep_freed_memory(),
     }
-    console.print(", ".join(f"{key} {value}" for key, value in about.items() if key != "what"))
-    console.print(f"{about['what']}; memory: peak beyond the step's start, in sizes of x;")
-    console.print(f"share: of the measured copy bandwidth, if a step were {PASSES} passes over x\n")
-    measured: dict[Case, dict[str, Result]] = {}
+    console.print(
+        ", ".join(f"{key} {value}" for key, value in about.items() if key != "what"), soft_wrap=True
+    )
+    console.print(f"{about['what']}; memory: peak beyond the step's start, in sizes of x;", soft_wrap=True)
+    console.print(
+        f"share: of the measured copy bandwidth, if a step were {PASSES} passes over x\n", soft_wrap=True
+    )
     budget = (12.0 if options.quick else 150.0) / len(chosen)
-    for case in chosen:
-        measured[case] = measure(case, options.norms, device, options.rounds, budget)
+    results: Iterable[tuple[Case, dict[str, Result]]]
+    if options.sync:
+        results = measure_ranks(chosen, options.norms, options.threads, options.rounds, budget)
+    else:
+        contenders = partial(layers, options.norms)
+        results = ((c, measure(c, contenders, device, options.rounds, budget)) for c in chosen)
+    measured: dict[Case, dict[str, Result]] = {}
+    for case, measured[case] in results:
         console.print(case_table(case, measured[case]), "")
     rows = summary(measured)
     console.print(summary_table(rows, len(chosen)))
@@ -242,8 +184,8 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"\n{len(chosen)} cases in {seconds:.0f} s")
     if options.json is not None:
         raw = [
-            {**asdict(case), "layers": {name: asdict(result) for name, result in results.items()}}
-            for case, results in measured.items()
+            {**asdict(case), "layers": {name: asdict(result) for name, result in found.items()}}
+            for case, found in measured.items()
         ]
         text = json.dumps({**about, "seconds": seconds, "cases": raw, "summary": rows}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
