@@ -203,11 +203,8 @@ class Norm(nn.Module):
             if name == "bias":
                 value = value is not None or not self.affine
             elif isinstance(value, Tensor):
-                value = (
-                    argument.default
-                    if value.is_meta or type(value) is not Tensor
-                    else float(f"{value.item():g}")
-                )
+                known = not value.is_meta and type(value) in (Tensor, nn.Parameter)
+                value = float(f"{value.item():g}") if known else argument.default
             if value != argument.default:
                 shown.append(f"{name}={value!r}")
         return ", ".join(shown)
