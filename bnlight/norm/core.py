@@ -215,7 +215,7 @@ def through_statistics(
     way_back: WayBack | None,
 ) -> tuple[Tensor, Tensor]:
     """Slope and shift of what a value receives because it moves the statistics, `(x - mean) * slope + shift`."""
-    dmean, dvar = -scale * dbias, -scale * invstd * dweight / 2
+    dmean, dvar = (scale * dbias).neg(), scale * invstd * dweight * -0.5
     if way_back is not None:
         dmean, dvar = way_back(dmean, dvar)
     return 2 * share * dvar, share * dmean
