@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import bnlight.surgery
 from bnlight.norm import NORMS
-from bnlight.surgery import norm_parameters
+from bnlight.surgery import norm_parameters, parameters, regularize
 
 
 def names(model: nn.Module) -> set[str]:
@@ -64,5 +63,8 @@ def test_the_groups_of_an_optimizer_cover_the_model():
     assert len(decayed) == 2
 
 
-def test_the_example_runs():
-    assert doctest.testmod(bnlight.surgery).failed == 0
+@pytest.mark.parametrize("file", [parameters, regularize])
+def test_the_examples_run(file):
+    result = doctest.testmod(file)
+    assert result.attempted
+    assert result.failed == 0

@@ -1,0 +1,15 @@
+"""Find and change the normalization layers of a model."""
+
+from bnlight.surgery.parameters import TORCH_NORMS, norm_parameters
+from bnlight.surgery.regularize import Bounds, constrain_norm, norm_penalty
+from bnlight.surgery.sync import sync_norm, unsync_norm
+
+__all__ = [
+    "TORCH_NORMS",
+    "Bounds",
+    "constrain_norm",
+    "norm_parameters",
+    "norm_penalty",
+    "sync_norm",
+    "unsync_norm",
+]
