@@ -197,6 +197,10 @@ L2 = {"class_name": "L2", "config": {"l2": 0.01}}
         ({"batch_shape": (None, 9)}, r"num_features=8, but .*\(None, 9\) has 9"),
         ({"class_name": "LayerNormalization", "config": {}}, r"class_name='LayerNormalization'"),
         ({"epsilom": 1e-3}, r"epsilom is no argument of BatchNormalization"),
+        ({"momentum": None}, r"momentum=None: expected a number of 0 to 1"),
+        ({"epsilon": -1}, r"epsilon=-1: expected a number of at least 0"),
+        ({"renorm": True, "renorm_clipping": {"rmin": 3}}, r"'rmin': 3.*expected rmin <= 1 <= rmax"),
+        ({"dtype": {"class_name": "Policy"}, "beta_initializer": {"config": {}}}, r"beta_initializer=None"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value.split("=")[0][:30],
 )

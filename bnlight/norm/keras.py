@@ -167,7 +167,11 @@ def _unwrapped(config: Config) -> tuple[dict[str, Any], list[int | None] | None,
 
 
 def _contradictions(keras: Config) -> list[str]:
-    problems = []
+    problems = [
+        f"{key}={keras[key]!r}: expected a number of {bounds}"
+        for key, high, bounds in (("momentum", 1, "0 to 1"), ("epsilon", inf, "at least 0"))
+        if not (isinstance(keras[key], int | float) and 0 <= keras[key] <= high)
+    ]
     if not keras["trainable"]:
         problems.append(
             "trainable=False: in Keras it means evaluation, too; build it with trainable=True, "
@@ -186,6 +190,11 @@ def _contradictions(keras: Config) -> list[str]:
             )
         if unknown := sorted((keras["renorm_clipping"] or {}).keys() - {"rmin", "rmax", "dmax"}):
             problems.append(f"renorm_clipping has {unknown}: expected rmin, rmax and dmax")
+        clip = _clipping(keras)
+        if not (0 <= clip["rmin"] <= 1 <= clip["rmax"] and clip["dmax"] >= 0):
+            problems.append(
+                f"renorm_clipping={keras['renorm_clipping']}: expected rmin <= 1 <= rmax and dmax >= 0"
+            )
     return problems
 
 
@@ -226,7 +235,7 @@ def _features(
 
 
 def _dtype(policy: Any, problems: list[str]) -> torch.dtype | None:
-    name = policy["config"]["name"] if isinstance(policy, Mapping) else policy
+    name = (policy.get("config") or {}).get("name") if isinstance(policy, Mapping) else policy
     if name not in DTYPES:
         problems.append(f"dtype={name!r}: expected {', '.join(str(known) for known in DTYPES if known)}")
     return DTYPES.get(name)
@@ -235,7 +244,7 @@ def _dtype(policy: Any, problems: list[str]) -> torch.dtype | None:
 def _fill(initializer: Any, key: str, problems: list[str]) -> Fill:
     """What an initializer's name, or dict with `class_name` and `config`, does to a tensor."""
     if isinstance(initializer, Mapping):
-        name, given = initializer["class_name"], dict(initializer.get("config") or {})
+        name, given = initializer.get("class_name"), dict(initializer.get("config") or {})
     else:
         name, given = initializer, {}
     kind = {"zero": "zeros", "one": "ones", "normal": "randomnormal", "uniform": "randomuniform"}.get(
