@@ -147,6 +147,11 @@ def merged(mean: Tensor, var: Tensor, number: Tensor) -> tuple[Tensor, Tensor, T
     return together, spread, total
 
 
+def unbiased(var: Tensor, number: Tensor) -> Tensor:
+    """The unbiased variance, from the biased one and the number of values; 0 of one value."""
+    return var * (number / (number - 1).clamp(min=1))
+
+
 def _unpickled(group: ProcessGroup, layer: int, path: str, width: int, timeout: float | None) -> Meeting:
     return Meeting(group, layer=layer, path=path, width=width, timeout=timeout)
 
