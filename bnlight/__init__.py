@@ -4,8 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnlight.population import adapt_statistics as adapt_statistics
     from bnlight.population import correct_inference as correct_inference
+    from bnlight.population import pool_statistics as pool_statistics
     from bnlight.population import precise_statistics as precise_statistics
+    from bnlight.population import reduce_statistics as reduce_statistics
     from bnlight.surgery import constrain_norm as constrain_norm
     from bnlight.surgery import norm_parameters as norm_parameters
     from bnlight.surgery import norm_penalty as norm_penalty
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "constrain_norm": "surgery",
+    "adapt_statistics": "population",
+    "pool_statistics": "population",
+    "reduce_statistics": "population",
     "correct_inference": "population",
     "norm_parameters": "surgery",
     "norm_penalty": "surgery",
@@ -22,11 +28,14 @@ _HOMES = {
     "unsync_norm": "surgery",
 }
 __all__ = [
+    "adapt_statistics",
     "constrain_norm",
     "correct_inference",
     "norm_parameters",
     "norm_penalty",
+    "pool_statistics",
     "precise_statistics",
+    "reduce_statistics",
     "sync_norm",
     "unsync_norm",
 ]

@@ -1,6 +1,5 @@
-"""The statistics by which evaluation normalizes: estimated from data, and corrected by each example's own."""
+"""Each example's own statistics have a part in evaluation, as they have in training."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,63 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlight.norm import BatchRenorm, FullNorm
 from bnlight.norm.batch import BatchStatistics
-from bnlight.observe import Forward, Pool, layers_of, pooled, unwrapped, warn_of_missed
-
-
-def precise_statistics(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None
-) -> nn.Module:
-    """Estimate the statistics for evaluation from `batches`, with the weights as they are; returns the model.
-
-    The running averages of training lag behind the weights and forget all but the last batches. This replaces
-    them by the mean and the unbiased variance of all values that a layer sees in `batches`, in bnlight's
-    layers with batch statistics, BatchRenorm too, and in torch's. The values of unequal batches, of virtual
-    batches, of a layer called several times and of all ranks count alike, those behind a mask do not, nor do
-    batches that `small_batch="running"` leaves out. 10**3 to 10**4 samples are enough.
-
-    The norms run as in training, everything else as in evaluation: with dropout the variances would be larger
-    than evaluation's. Synchronized layers normalize by this rank's batch. BatchRenorm and FullNorm normalize
-    by their running averages in training: where those are far off, what later layers see is too, and a second
-    call comes closer. A norm in evaluation mode inside a model in training mode is frozen and stays as it is,
-    as do norms without running averages; a model in evaluation mode has none that are frozen.
-
-    Nothing else changes, and nothing at all after an error: number of batches, other buffers, train flags,
-    gradients, torch's random numbers. Wrapped in DDP or DataParallel, or compiled, the model runs without.
-
-    With an initialized process group every rank must call this, with batches of its own, as many as it has:
-    they meet once per layer, afterwards, and end with the same statistics.
-
-    Args:
-        batches: tensors, or tuples and lists whose first element is the input; it moves to the model's device.
-        forward: called as `forward(model, batch)` instead, for batches of any kind.
-
-    Raises ValueError if there are no batches on any rank, TypeError for batches that need a `forward`. Warns of
-    layers that no batch has reached, and of a model whose norms are all frozen; they stay as they are.
-
-    Source: Wu and Johnson 2021 (arXiv 2105.07576), section 3; on dropout: Li et al. 2019 (arXiv 1801.05134).
-
-    >>> layer = nn.BatchNorm1d(1)
-    >>> _ = precise_statistics(layer, [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0], [5.0]])])
-    >>> layer.running_mean, layer.running_var
-    (tensor([3.]), tensor([2.5000]))
-    """
-    net = unwrapped(model)
-    layers = layers_of(net)
-    moving = {path: layer for path, layer in layers.items() if layer.training or not net.training}
-    if not moving:
-        if layers:
-            warnings.warn(
-                "precise_statistics: every norm is in evaluation mode in a model in training mode, so all count as "
-                "frozen and stay as they were; call model.eval() first to estimate them",
-                stacklevel=2,
-            )
-        return model
-    pools = pooled("precise_statistics", net, moving, batches, forward, training=True)
-    with torch.inference_mode(False), torch.no_grad():  # what is written may be trained with
-        for pool in pools:
-            _write(pool)
-    warn_of_missed("precise_statistics", pools)
-    return model
+from bnlight.population.observe import Forward, Pool, layers_of, pooled, unwrapped, warn_of_missed
 
 
 def correct_inference(
@@ -134,18 +77,6 @@ def correct_inference(
                 pool.layer.example_weight = like.new_full((), example_weight)
                 pool.layer.example_var = like.new_zeros(()) if batches is None else pool.unbiased().to(like)
     return model
-
-
-def _write(pool: Pool) -> None:
-    """Make the layer's running averages those of the pool, where that has enough values."""
-    for name, values in (("running_mean", pool.mean), ("running_var", pool.unbiased())):
-        old = pool.running(name)
-        kept = old if old.shape == pool.shape else old.view(-1, *[1] * (len(pool.shape) - 1))
-        new = torch.where(pool.number.view(pool.shape) > 1, values.view(pool.shape).to(old), kept)
-        if old.shape == pool.shape:
-            old.copy_(new)
-        else:
-            setattr(pool.layer, name, new)
 
 
 def _refuse_correction(layers: dict[str, nn.Module]) -> None:

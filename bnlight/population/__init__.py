@@ -1,0 +1,15 @@
+"""The statistics by which evaluation normalizes: estimated, adapted, merged over ranks, pooled over micro-batches."""
+
+from bnlight.population.correct import correct_inference
+from bnlight.population.pool import PooledStatistics, pool_statistics
+from bnlight.population.precise import adapt_statistics, precise_statistics
+from bnlight.population.reduce import reduce_statistics
+
+__all__ = [
+    "PooledStatistics",
+    "adapt_statistics",
+    "correct_inference",
+    "pool_statistics",
+    "precise_statistics",
+    "reduce_statistics",
+]
