@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 Config = Mapping[str, Any]
+FRAMEWORKS = ("builtins", "torch", "pytorch_lightning", "lightning")
 
 
 def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
@@ -36,17 +37,37 @@ def any_target() -> Any:
     return getattr(utils, "UNSAFE_DISABLE_EXECUTION_CHECKS", None)
 
 
-def arguments(config: Config) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the class or function that `config` names in `_target_`."""
+def arguments(config: Config) -> dict[str, inspect.Parameter]:
+    """The parameters of the class or function that `config` names in `_target_`.
+
+    A class that hands its `**kwargs` on takes what its base classes take. What is left of `**kwargs` then stays
+    in the result: the class reads them itself.
+    """
     from hydra.utils import get_object
 
-    return inspect.signature(get_object(config["_target_"])).parameters
+    target = get_object(config["_target_"])
+    taken = dict(inspect.signature(target).parameters)
+    if not inspect.isclass(target) or not _open(taken) or _of_a_framework(target):
+        return taken
+    taken = {}
+    for base in target.__mro__:
+        if "__init__" not in vars(base) or _of_a_framework(base):
+            continue
+        handed_on = {name: p for name, p in taken.items() if p.kind is not p.VAR_KEYWORD}
+        own = list(inspect.signature(base.__init__).parameters.items())[1:]
+        taken = {name: p for name, p in own if p.kind is not p.VAR_POSITIONAL} | handed_on
+        if not _open(taken):
+            break
+    return taken
 
 
-def complete(config: Config, **available: Any) -> dict[str, Any]:
-    """`config` plus those of `available` that its target takes and `config` does not set itself."""
+def complete(config: Config, *, named_only: bool = False, **available: Any) -> dict[str, Any]:
+    """`config` plus those of `available` that its target takes and `config` does not set itself.
+
+    A target that reads `**kwargs` itself is given all of them, with `named_only` none but those it names.
+    """
     taken = arguments(config)
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    anything = _open(taken) and not named_only
     return dict(config) | {
         name: value
         for name, value in available.items()
@@ -54,22 +75,70 @@ def complete(config: Config, **available: Any) -> dict[str, Any]:
     }
 
 
-def model_config(
-    model: Config, norm: Config, weight: Config, input_shape: tuple[int, ...], num_classes: int
-) -> dict[str, Any]:
-    """The model's config with the norm and the data's shape in it: all that is needed to build it again.
+def explicit(config: Config) -> dict[str, Any]:
+    """`config` without the arguments that say what its target's own default is.
 
-    Where `weight` names a function, the config is a call of it with the model, which it changes and returns.
-
-    Raises ValueError if the model's class takes no `norm`: a sweep over norms would change nothing.
+    conf/norm/*.yaml list every argument, so only a value that differs was somebody's choice.
     """
-    completed = complete(model, norm=dict(norm), input_shape=list(input_shape), num_classes=num_classes)
-    if "norm" not in completed:
-        raise ValueError(
-            f"{model['_target_']} takes no argument `norm`, so the chosen norm ({norm['_target_']}) would have no "
-            f"effect. Its arguments are {', '.join(arguments(model))}. Add `norm` to them, a factory that your "
-            "model calls as norm(channels) wherever it normalizes."
-        )
+    taken = arguments(config)
+    return {
+        key: value
+        for key, value in config.items()
+        if key.startswith("_") or key not in taken or value != taken[key].default
+    }
+
+
+def model_config(
+    model: Config,
+    norm: Config,
+    weight: Config,
+    shapes: Mapping[str, Any],
+    replace_norm: Config | None = None,
+) -> dict[str, Any]:
+    """The model's config with the norm and the data's `shapes` in it: all that is needed to build it again.
+
+    With `replace_norm` the model is built with its own norms, which `bnlight.lightning.replace.with_norm` then
+    replaces. Where `weight` names a function, the config is a call of it with the model, which it changes.
+
+    Raises ValueError if the model's class takes no `norm`, as a sweep over norms would change nothing, or needs
+    one although its norms are to be replaced.
+    """
+    if replace_norm is None:
+        completed = complete(model, norm=dict(norm), **shapes)
+        if "norm" not in completed:
+            raise ValueError(takes_no_norm(model, norm))
+    else:
+        refuse_needed_norm(model)
+        built = complete(model, **shapes)
+        completed = {"_target_": "bnlight.lightning.replace.with_norm", "model": built, **replace_norm}
     if weight.get("_target_"):
         return {**weight, "model": completed}
     return completed
+
+
+def takes_no_norm(config: Config, norm: Config) -> str:
+    """What to say of a class that the chosen norm would not reach."""
+    return (
+        f"{config['_target_']} takes no argument `norm`, so the chosen norm ({norm['_target_']}) would have no "
+        f"effect. Its arguments are {', '.join(arguments(config)) or 'none'}. Two ways out: replace_norm=true "
+        "replaces the norms that it builds itself; or add `norm` to its arguments, a factory that it calls as "
+        "norm(channels) wherever it normalizes."
+    )
+
+
+def refuse_needed_norm(config: Config) -> None:
+    """Raise ValueError for a class that cannot be built without being told its norm."""
+    norm = arguments(config).get("norm")
+    if norm is not None and norm.default is norm.empty:
+        raise ValueError(
+            f"replace_norm is for classes that choose their own norms, but {config['_target_']} needs `norm` as "
+            "an argument and so has the chosen one already: leave replace_norm out"
+        )
+
+
+def _open(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _of_a_framework(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in FRAMEWORKS  # whose own **kwargs take nothing

@@ -48,7 +48,7 @@ class Classifier(pl.LightningModule):
         super().__init__()
         given = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         self.save_hyperparameters(
-            logger=False, ignore=[name for name, value in given.items() if not _is_plain(value)]
+            logger=False, ignore=[name for name, value in given.items() if not is_plain(value)]
         )
         self.model: nn.Module = model if isinstance(model, nn.Module) else instantiate(model)
         self.optimizer = optimizer
@@ -122,11 +122,7 @@ class Classifier(pl.LightningModule):
         if scheduler is None or (isinstance(scheduler, dict) and not scheduler.get("_target_")):
             return optimizer
         if isinstance(scheduler, dict):
-            steps = int(self.trainer.estimated_stepping_batches)
-            scheduler = {
-                key: steps if value is None and key in STEPS_OF_THE_RUN else value
-                for key, value in scheduler.items()
-            }
+            scheduler = steps_filled(scheduler, self.trainer)
         schedule = {"scheduler": _build(scheduler, optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -172,13 +168,20 @@ def _full(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def steps_filled(scheduler: Config, trainer: pl.Trainer) -> dict[str, Any]:
+    """The scheduler's config with the run's number of optimizer steps where None means all of them."""
+    steps = int(trainer.estimated_stepping_batches)
+    return {k: steps if v is None and k in STEPS_OF_THE_RUN else v for k, v in scheduler.items()}
+
+
 def _build(factory: Any, *args: Any) -> Any:
     return instantiate(factory)(*args) if isinstance(factory, dict) else factory(*args)
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether the value is made of dicts, lists, strings and numbers alone."""
     if isinstance(value, dict):
-        return all(_is_plain(item) for item in value.values())
+        return all(is_plain(item) for item in value.values())
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return isinstance(value, list | tuple) and all(_is_plain(item) for item in value)
+        return isinstance(value, list | tuple) and all(is_plain(item) for item in value)
     return value is None or isinstance(value, str | int | float | bool)

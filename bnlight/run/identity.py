@@ -11,8 +11,17 @@ from typing import Any
 import omegaconf
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from bnlight.run.weights import fingerprint
+
 # Where things are and what is shown: two jobs that differ only here are the same job.
 NOT_IDENTITY = ("hydra", "paths", "logger", "progress", "rerun", "job")
+# Options that came later, as they are when they are off.
+OFF: dict[str, Any] = {
+    "init_from": None,
+    "replace_norm": False,
+    "monitor": {"metric": "val/accuracy", "mode": "max"},
+}
+NO_SHIFT = {"noise": 0, "contrast": 1, "brightness": 0, "blur": 0, "rotate": 0, "invert": False}
 
 
 def identity(config: DictConfig) -> str:
@@ -25,8 +34,23 @@ def identity(config: DictConfig) -> str:
             config.paths[root] = f"<{root}>"
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
-    kept = {key: value for key, value in resolved.items() if key not in NOT_IDENTITY}
+    kept = {str(key): value for key, value in resolved.items() if key not in NOT_IDENTITY}
+    _leave_out_what_is_off(kept)
+    if kept.get("init_from"):
+        kept["init_from"] = fingerprint(kept["init_from"])  # the weights, wherever they lie
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _leave_out_what_is_off(config: dict[str, Any]) -> None:
+    """A job that does not use an option is the job that it was before there was that option."""
+    for key, off in OFF.items():
+        if config.get(key) == off:
+            config.pop(key, None)
+    data = config.get("data")
+    if isinstance(data, dict) and isinstance(data.get("shift"), dict):
+        on = {key: value for key, value in data["shift"].items() if value != NO_SHIFT.get(key)}
+        if not on.keys() - {"seed"}:
+            config["data"] = {key: value for key, value in data.items() if key != "shift"}
 
 
 def choices(config: DictConfig, hydra: DictConfig) -> dict[str, str]:
@@ -41,9 +65,16 @@ def choices(config: DictConfig, hydra: DictConfig) -> dict[str, str]:
 
 
 def job_name(config: DictConfig, hydra: DictConfig) -> str:
-    """Norm, model, data, seed and the identity's first eight digits, such as `renorm-cnn-digits-s1-3fa9c2d1`."""
+    """Norm, model, data, seed and the identity's first eight digits, such as `renorm-cnn-digits-s1-3fa9c2d1`.
+
+    A module of one's own stands in the model's place, which it may not use, unless a model was chosen as well.
+    """
     chosen = choices(config, hydra)
-    parts = [chosen[group] for group in ("norm", "model", "data") if group in chosen]
+    groups = ["norm", "model", "data"]
+    if hydra.runtime.choices.get("module") == "custom":
+        typed = any(text.startswith("model=") for text in hydra.overrides.task)
+        groups[1:2] = ["module", "model"] if typed else ["module"]
+    parts = [chosen[group] for group in groups if group in chosen]
     if config.get("seed") is not None:
         parts.append(f"s{config.seed}")
     name = "-".join([*parts, identity(config)[:8]])

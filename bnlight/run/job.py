@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import time
@@ -81,7 +82,8 @@ def run_job(config: DictConfig) -> float | None:
         except OwnershipError as error:
             print(f"{label} {directory.name}: failed: {error}".strip(), flush=True)
             raise JobFailed(directory.name) from error
-    score = read_json(directory / "result.json").get("metrics", {}).get("val/accuracy")
+    metrics = read_json(directory / "result.json").get("metrics", {})
+    score = metrics.get((resolved.get("monitor") or {}).get("metric"))
     return None if score is None else float(score)
 
 
@@ -110,6 +112,8 @@ def check_command(config: DictConfig, hydra: Any) -> None:
         raise CommandError(f"rerun={config.rerun} is unknown; choose one of null, failed, all")
     if config.progress not in STYLES:
         raise CommandError(f"progress={config.progress} is unknown; choose one of {', '.join(STYLES)}")
+    if (config.get("monitor") or {}).get("mode", "max") not in ("max", "min"):
+        raise CommandError(f"monitor.mode={config.monitor.mode} is unknown; choose one of max, min")
     if already_started() and hydra.mode.name == "MULTIRUN":
         raise CommandError(
             "A sweep starts the ranks of each of its jobs itself: run it without torchrun or srun (one process), "
@@ -171,7 +175,7 @@ def _lead(config: dict[str, Any], directory: Path, label: str) -> None:
     if sweep.current is not None:
         sweep.current.seconds.append(seconds)
     ended = f"diverged ({diverged}) after" if diverged else "done in"
-    print(f"{title}: {ended} {sweep.duration(seconds)}{_scores(directory)}", flush=True)
+    print(f"{title}: {ended} {sweep.duration(seconds)}{_scores(directory, config)}", flush=True)
 
 
 def _follow(config: dict[str, Any], directory: Path) -> None:
@@ -239,9 +243,10 @@ def _append(path: Path, text: str) -> None:
         file.write(text.rstrip() + "\n")
 
 
-def _scores(directory: Path) -> str:
+def _scores(directory: Path, config: dict[str, Any]) -> str:
+    """The monitored metric, and the same of the test."""
     metrics = read_json(directory / "result.json").get("metrics", {})
-    shown = {
-        name: metrics[name] for name in ("val/accuracy", "test/accuracy") if metrics.get(name) is not None
-    }
+    monitored = (config.get("monitor") or {}).get("metric") or ""
+    names = dict.fromkeys((monitored, re.sub(r"^val(?=[/_])", "test", monitored)))
+    shown = {name: metrics[name] for name in names if metrics.get(name) is not None}
     return "".join(f"  {name} {value:.4f}" for name, value in shown.items())

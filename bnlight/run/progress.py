@@ -76,8 +76,9 @@ class Heartbeat(_Ends):
 class _Display(_Ends):
     """Follows the training on rank 0; subclasses show it."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, metric: str | None) -> None:
         self.title = title
+        self.metric = metric
         self._shown_at = 0.0
 
     def _total(self, trainer: pl.Trainer) -> int | None:
@@ -88,9 +89,10 @@ class _Display(_Ends):
         return trainer.fit_loop.total_batch_idx + 1
 
     def _text(self, trainer: pl.Trainer) -> str:
-        score = trainer.callback_metrics.get("val/accuracy")
+        score = trainer.callback_metrics.get(self.metric or "")
         epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs or 1)}/{trainer.max_epochs}"
-        return epoch if score is None else f"{epoch} val {float(score):.3f}"
+        stage = (self.metric or "").partition("/")[0]
+        return epoch if score is None else f"{epoch} {stage} {float(score):.3f}"
 
     def _due(self, seconds: float) -> bool:
         now = time.monotonic()
@@ -103,8 +105,8 @@ class _Display(_Ends):
 class ProgressBar(_Display):
     """One live line: job, epoch, metric, remaining time; it fits a terminal of 80 columns."""
 
-    def __init__(self, title: str) -> None:
-        super().__init__(title)
+    def __init__(self, title: str, metric: str | None) -> None:
+        super().__init__(title, metric)
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -151,14 +153,14 @@ class ProgressLines(_Display):
             print(f"{self.title}  {self._text(trainer)}", flush=True)
 
 
-def progress_display(style: str, label: str, name: str) -> list[pl.Callback]:
-    """The callback that shows progress in `style` (auto, bar, plain or off); auto is a bar on a terminal."""
+def progress_display(style: str, label: str, name: str, metric: str | None) -> list[pl.Callback]:
+    """The callback that shows progress and `metric` in `style` (auto, bar, plain or off); auto is a bar on a terminal."""
     title = f"{label} {name.rsplit('-', 1)[0]}".strip()  # without the hash
     if style == "auto":
         style = "bar" if Console().is_terminal else "plain"
-    displays: dict[str, list[Callable[[str], pl.Callback]]] = {
+    displays: dict[str, list[Callable[[str, str | None], pl.Callback]]] = {
         "bar": [ProgressBar],
         "plain": [ProgressLines],
         "off": [],
     }
-    return [display(title) for display in displays[style]]
+    return [display(title, metric) for display in displays[style]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -13,14 +14,19 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from bnlight.lightning.build import complete, instantiate, model_config
+from bnlight.lightning.build import complete, instantiate
 from bnlight.lightning.divergence import StopOnDivergence
+from bnlight.lightning.initial import initialize
 from bnlight.lightning.timing import StepTimer
 from bnlight.run.metrics import MetricsFile
+from bnlight.run.module import build_data, build_module, monitored, unused
 from bnlight.run.processes import this_rank
 from bnlight.run.progress import Heartbeat, progress_display
 from bnlight.run.provenance import cpu_name, git_commit, versions
 from bnlight.run.status import read_json, write_json
+from bnlight.run.weights import weights_file
+
+log = logging.getLogger(__name__)
 
 
 def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
@@ -33,14 +39,17 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
     pl.seed_everything(config["seed"], workers=True, verbose=False)
-    data = instantiate(config["data"])
+    data = build_data(config)
     module = build_module(config, data)
     last = directory / "checkpoints" / "last.ckpt"
     resume = last.exists() and config["rerun"] != "all"  # with "all", rank 0 may not have removed it yet
+    if config.get("init_from") and not resume:
+        log.info("%s", initialize(module, weights_file(config["init_from"])))
     loggers: list[Any] = [MetricsFile(directory, attempt=status.get("attempt", 1))]
     tracker = None
     if config["logger"].get("_target_") and this_rank() == 0:
-        tracker = instantiate(config["logger"])(dict(config), directory, status["wandb_id"])
+        used = {name: value for name, value in config.items() if name not in unused(config)}
+        tracker = instantiate(config["logger"])(used, directory, status["wandb_id"])
         loggers.append(tracker)
     exit_code = 1
     try:
@@ -49,6 +58,7 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
         metrics = _metrics(trainer)
         diverged = next((c.reason for c in trainer.callbacks if isinstance(c, StopOnDivergence)), None)  # type: ignore[attr-defined]
         if diverged is None:
+            metrics |= _metrics_of_the_best(trainer, monitored(config)[0])
             metrics |= _test(trainer, module, data)
         if trainer.is_global_zero:
             _write_result(directory, config, trainer, metrics, diverged, time.time() - begun)
@@ -56,23 +66,6 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     finally:
         if tracker is not None:
             tracker.experiment.finish(exit_code=exit_code)
-
-
-def build_module(config: Mapping[str, Any], data: Any) -> pl.LightningModule:
-    """The LightningModule of the config, around the model with the chosen norm in it."""
-    missing = [name for name in ("input_shape", "num_classes") if not hasattr(data, name)]
-    if missing:
-        raise ValueError(
-            f"{type(data).__name__} has no {' and no '.join(missing)}: the model is built for them. Give the data "
-            "module the attributes input_shape (of one sample, such as (1, 28, 28)) and num_classes (an int)."
-        )
-    model = model_config(
-        config["model"], config["norm"], config["weight"], data.input_shape, data.num_classes
-    )
-    parts = {name: config[name] for name in ("optimizer", "scheduler")}
-    module = complete(config["module"], model=model, num_classes=data.num_classes, **parts)
-    built: pl.LightningModule = instantiate(module, _recursive_=False)
-    return built
 
 
 def build_trainer(
@@ -88,7 +81,7 @@ def build_trainer(
     callbacks += [
         StepTimer(),
         Heartbeat(directory),
-        *progress_display(config["progress"], label, config["job"]["name"]),
+        *progress_display(config["progress"], label, config["job"]["name"], monitored(config)[0]),
     ]
     trainer: pl.Trainer = instantiate(
         config["trainer"],
@@ -112,16 +105,26 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any, checkpoint:
         raise
 
 
-def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:
-    """The test metrics, and the validation metrics of the checkpoint that was tested."""
-    if not is_overridden("test_step", module) or not is_overridden("test_dataloader", data):
-        return {}
+def _best(trainer: pl.Trainer) -> str:
     kept = trainer.checkpoint_callback
-    best = kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
-    trainer.test(module, datamodule=data, ckpt_path=best or None, verbose=False)
-    tested = _metrics(trainer)
+    return kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
+
+
+def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:
+    """The test metrics of the best checkpoint; none where the module has no test step, or there are no test data."""
+    if not is_overridden("test_step", module):
+        return {}
+    if not (is_overridden("test_dataloader", data) or is_overridden("test_dataloader", module)):
+        return {}
+    trainer.test(module, datamodule=data, ckpt_path=_best(trainer) or None, verbose=False)
+    return _metrics(trainer)
+
+
+def _metrics_of_the_best(trainer: pl.Trainer, metric: str | None) -> dict[str, float]:
+    """The validation metrics of the checkpoint that is tested."""
+    best = _best(trainer)
     then = torch.load(best, map_location="cpu", weights_only=True).get("metrics", {}) if best else {}
-    return {name: value for name, value in then.items() if name.startswith("val/")} | tested
+    return {name: value for name, value in then.items() if name.startswith("val") or name == metric}
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float]:
@@ -146,6 +149,7 @@ def _write_result(
         "epochs": trainer.current_epoch,
         "seconds": seconds,
         "identity": config["job"]["identity"],
+        "unused": unused(config),
         "git": git_commit(),
         "versions": versions(),
         "hardware": {
