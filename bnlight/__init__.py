@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from bnlight.population import precise_statistics as precise_statistics
     from bnlight.population import reduce_statistics as reduce_statistics
     from bnlight.surgery import constrain_norm as constrain_norm
+    from bnlight.surgery import freeze_norm as freeze_norm
+    from bnlight.surgery import unfreeze_norm as unfreeze_norm
     from bnlight.surgery import norm_parameters as norm_parameters
     from bnlight.surgery import norm_penalty as norm_penalty
     from bnlight.surgery import sync_norm as sync_norm
@@ -21,6 +23,8 @@ _HOMES = {
     "pool_statistics": "population",
     "reduce_statistics": "population",
     "correct_inference": "population",
+    "freeze_norm": "surgery",
+    "unfreeze_norm": "surgery",
     "norm_parameters": "surgery",
     "norm_penalty": "surgery",
     "precise_statistics": "population",
@@ -31,6 +35,8 @@ __all__ = [
     "adapt_statistics",
     "constrain_norm",
     "correct_inference",
+    "freeze_norm",
+    "unfreeze_norm",
     "norm_parameters",
     "norm_penalty",
     "pool_statistics",

@@ -82,7 +82,8 @@ class StepNorm(nn.Module):
         """
         layers: list[Any] = [*self.steps]
         first = sum(size > getattr(layers[0], "too_few", 1) for size in sizes)
-        if first >= len(layers) or getattr(layers[0], "num_batches_tracked", None) is None:
+        frozen = not layers[0].training
+        if frozen or first >= len(layers) or getattr(layers[0], "num_batches_tracked", None) is None:
             return
         counts = torch.stack([layer.num_batches_tracked for layer in layers])
         steps = torch.arange(len(layers), device=counts.device)

@@ -1,7 +1,6 @@
 """Weight normalization and weight standardization: a layer's weight as a function of its parameters."""
 
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -11,9 +10,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrizations, parametrize
 
+from bnlight.norm.paths import Patterns, chosen, paths_of
+
 M = TypeVar("M", bound=nn.Module)
 Layer = nn.Linear | _ConvNd
-Patterns = str | Iterable[str] | None
 
 
 def weight_norm(model: M, *, include: Patterns = None, exclude: Patterns = None) -> M:
@@ -209,10 +209,7 @@ def _layers(
     what: str, model: nn.Module, types: tuple[type[Layer], ...], include: Patterns, exclude: Patterns
 ) -> dict[Layer, str]:
     """The layers to reparametrize, each once, with its path."""
-    paths: dict[Layer, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, types):
-            paths.setdefault(module, []).append(path)
+    paths = paths_of(model, types)
     if not paths:
         missing = (
             "neither Linear layer nor convolution"
@@ -220,23 +217,7 @@ def _layers(
             else "no convolution; linear=True takes Linear layers too"
         )
         raise ValueError(f"{what}: {type(model).__name__} has {missing}")
-
-    def matching(patterns: str | Iterable[str]) -> set[Layer]:
-        found = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            hits = {layer for layer, names in paths.items() if any(fnmatchcase(n, pattern) for n in names)}
-            if not hits:
-                known = ", ".join(name for names in paths.values() for name in names)
-                raise ValueError(f"{what}: {pattern!r} matches none of the layers {known}")
-            found |= hits
-        return found
-
-    wanted = set(paths) if include is None else matching(include)
-    if exclude is not None:
-        wanted -= matching(exclude)
-    if not wanted:
-        raise ValueError(f"{what}: include={include!r} and exclude={exclude!r} leave no layer")
-    layers = {layer: names[0] for layer, names in paths.items() if layer in wanted}
+    layers = chosen(what, paths, include, exclude)
     _check(what, model, layers)
     return layers
 

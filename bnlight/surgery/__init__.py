@@ -1,5 +1,6 @@
 """Find and change the normalization layers of a model."""
 
+from bnlight.surgery.freeze import freeze_norm, unfreeze_norm
 from bnlight.surgery.parameters import TORCH_NORMS, norm_parameters
 from bnlight.surgery.regularize import Bounds, constrain_norm, norm_penalty
 from bnlight.surgery.sync import sync_norm, unsync_norm
@@ -8,8 +9,10 @@ __all__ = [
     "TORCH_NORMS",
     "Bounds",
     "constrain_norm",
+    "freeze_norm",
     "norm_parameters",
     "norm_penalty",
     "sync_norm",
+    "unfreeze_norm",
     "unsync_norm",
 ]
