@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from bnlight.population import reduce_statistics as reduce_statistics
     from bnlight.surgery import constrain_norm as constrain_norm
     from bnlight.surgery import freeze_norm as freeze_norm
-    from bnlight.surgery import unfreeze_norm as unfreeze_norm
     from bnlight.surgery import norm_parameters as norm_parameters
     from bnlight.surgery import norm_penalty as norm_penalty
     from bnlight.surgery import sync_norm as sync_norm
+    from bnlight.surgery import unfreeze_norm as unfreeze_norm
     from bnlight.surgery import unsync_norm as unsync_norm
 
 _HOMES = {
@@ -36,13 +36,13 @@ __all__ = [
     "constrain_norm",
     "correct_inference",
     "freeze_norm",
-    "unfreeze_norm",
     "norm_parameters",
     "norm_penalty",
     "pool_statistics",
     "precise_statistics",
     "reduce_statistics",
     "sync_norm",
+    "unfreeze_norm",
     "unsync_norm",
 ]
 
