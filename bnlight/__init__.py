@@ -4,12 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnlight.lightning.sync import NormSync as NormSync
     from bnlight.population import adapt_statistics as adapt_statistics
     from bnlight.population import correct_inference as correct_inference
     from bnlight.population import pool_statistics as pool_statistics
     from bnlight.population import precise_statistics as precise_statistics
     from bnlight.population import reduce_statistics as reduce_statistics
     from bnlight.surgery import constrain_norm as constrain_norm
+    from bnlight.surgery import fold_norm as fold_norm
     from bnlight.surgery import freeze_norm as freeze_norm
     from bnlight.surgery import norm_parameters as norm_parameters
     from bnlight.surgery import norm_penalty as norm_penalty
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from bnlight.surgery import unsync_norm as unsync_norm
 
 _HOMES = {
+    "NormSync": "lightning.sync",
     "constrain_norm": "surgery",
     "adapt_statistics": "population",
     "pool_statistics": "population",
@@ -25,6 +28,7 @@ _HOMES = {
     "correct_inference": "population",
     "freeze_norm": "surgery",
     "unfreeze_norm": "surgery",
+    "fold_norm": "surgery",
     "norm_parameters": "surgery",
     "norm_penalty": "surgery",
     "precise_statistics": "population",
@@ -32,9 +36,11 @@ _HOMES = {
     "unsync_norm": "surgery",
 }
 __all__ = [
+    "NormSync",
     "adapt_statistics",
     "constrain_norm",
     "correct_inference",
+    "fold_norm",
     "freeze_norm",
     "norm_parameters",
     "norm_penalty",

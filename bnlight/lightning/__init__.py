@@ -7,15 +7,17 @@ if TYPE_CHECKING:
     from bnlight.lightning.checkpoint import Checkpoint as Checkpoint
     from bnlight.lightning.classifier import Classifier as Classifier
     from bnlight.lightning.divergence import StopOnDivergence as StopOnDivergence
+    from bnlight.lightning.sync import NormSync as NormSync
     from bnlight.lightning.timing import StepTimer as StepTimer
 
 _HOMES = {
+    "NormSync": "sync",
     "Checkpoint": "checkpoint",
     "Classifier": "classifier",
     "StepTimer": "timing",
     "StopOnDivergence": "divergence",
 }
-__all__ = ["Checkpoint", "Classifier", "StepTimer", "StopOnDivergence"]
+__all__ = ["Checkpoint", "Classifier", "NormSync", "StepTimer", "StopOnDivergence"]
 
 
 def __getattr__(name: str) -> Any:

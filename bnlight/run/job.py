@@ -33,6 +33,7 @@ NEEDED = (
     "norm",
     "model",
     "weight",
+    "sync",
     "module",
     "data",
     "optimizer",

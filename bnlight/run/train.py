@@ -83,8 +83,12 @@ def build_trainer(
         Heartbeat(directory),
         *progress_display(config["progress"], label, config["job"]["name"], monitored(config)[0]),
     ]
+    plugins = {}
+    if config["sync"].get("_target_"):
+        plugins["plugins"] = [*(config["trainer"].get("plugins") or []), instantiate(config["sync"])]
     trainer: pl.Trainer = instantiate(
         config["trainer"],
+        **plugins,
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
