@@ -1,5 +1,6 @@
 """Find and change the normalization layers of a model."""
 
+from bnlight.surgery.fold import FoldReport, fold_norm
 from bnlight.surgery.freeze import freeze_norm, unfreeze_norm
 from bnlight.surgery.parameters import TORCH_NORMS, norm_parameters
 from bnlight.surgery.regularize import Bounds, constrain_norm, norm_penalty
@@ -8,7 +9,9 @@ from bnlight.surgery.sync import sync_norm, unsync_norm
 __all__ = [
     "TORCH_NORMS",
     "Bounds",
+    "FoldReport",
     "constrain_norm",
+    "fold_norm",
     "freeze_norm",
     "norm_parameters",
     "norm_penalty",
