@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bnlight.surgery import freeze_norm as freeze_norm
     from bnlight.surgery import norm_parameters as norm_parameters
     from bnlight.surgery import norm_penalty as norm_penalty
+    from bnlight.surgery import replace_norm as replace_norm
     from bnlight.surgery import sync_norm as sync_norm
     from bnlight.surgery import unfreeze_norm as unfreeze_norm
     from bnlight.surgery import unsync_norm as unsync_norm
@@ -32,6 +33,7 @@ _HOMES = {
     "norm_parameters": "surgery",
     "norm_penalty": "surgery",
     "precise_statistics": "population",
+    "replace_norm": "surgery",
     "sync_norm": "surgery",
     "unsync_norm": "surgery",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "pool_statistics",
     "precise_statistics",
     "reduce_statistics",
+    "replace_norm",
     "sync_norm",
     "unfreeze_norm",
     "unsync_norm",

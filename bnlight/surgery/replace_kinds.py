@@ -1,0 +1,217 @@
+"""What there is to know of a norm layer: its channels, its settings, and what it does beyond the norm."""
+
+import inspect
+import re
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import batchnorm, instancenorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from bnlight.norm import NORMS, MeanOnlyBatchNorm, Norm
+from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.sample import SampleStatistics
+from bnlight.surgery.dress import Dress
+
+KNOWN: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, batchnorm._BatchNorm),
+        *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, instancenorm._InstanceNorm),
+        *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
+        *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+        *(*NORMS.values(), MeanOnlyBatchNorm, BatchStatistics, SampleStatistics, Norm),
+    }
+)
+"""The classes whose behaviour is known; other norms are subclasses of these, or left alone."""
+
+SAME: dict[str, int] = {
+    "timm.layers.norm.GroupNorm": 1,
+    "timm.layers.norm.GroupNorm1": 1,
+    "timm.layers.norm.LayerNorm": -1,
+    "timm.layers.norm.LayerNormFp32": -1,
+    "timm.layers.norm.LayerNorm2d": 1,
+    "timm.layers.norm.LayerNorm2dFp32": 1,
+    "torchvision.models.convnext.LayerNorm2d": 1,
+}
+"""Subclasses of torch's norms whose own forward computes what their base does, and the axis of their channels."""
+
+CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
+_NAMED_NORM = re.compile(r"Norm(alization)?(?![a-z])")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_STATE = ("_parameters", "_buffers", "_modules")
+_INERT = {
+    "__init__",
+    "__doc__",
+    "__module__",
+    "__qualname__",
+    "__annotations__",
+    "__annotate__",
+    "__signature__",
+} | {
+    *("__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__"),
+    *("__constants__", "__parameters__", "__orig_bases__", "__dict__", "__weakref__", "_check_input_dim"),
+}
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class as its author wrote it, without dress and parametrization."""
+    return next(kind for kind in type(module).__mro__ if _written(kind))
+
+
+def _written(kind: type) -> bool:
+    return not issubclass(kind, Dress) and kind.__module__ != parametrize.__name__
+
+
+def base_of(module: nn.Module) -> type[nn.Module] | None:
+    """The known norm that the module is or descends from."""
+    return next((kind for kind in type(module).__mro__ if kind in KNOWN), None)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a known norm, or looks like another library's: by name, parameters and buffers."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return _NAMED_NORM.search(str(module.original_name)) is not None and not [*module.children()]
+    state = [*module._parameters.values(), *module._buffers.values()]
+    flat = any(tensor is not None and tensor.dim() <= 1 for tensor in state)
+    return base_of(module) is not None or (flat and is_named_norm(module))
+
+
+def is_named_norm(module: nn.Module) -> bool:
+    """Whether the class is called a norm: `LlamaRMSNorm`, `EvoNorm2dB0`, not `NormalizedLinear`."""
+    return _NAMED_NORM.search(own_class(module).__name__) is not None
+
+
+def channel_dim(module: nn.Module) -> int:
+    """Which axis of its input holds the layer's channels: 1 or -1."""
+    if isinstance(module, Norm):
+        return module.channel_dim
+    kind = own_class(module)
+    known = SAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    if known is not None:
+        return known
+    # LayerNorm2d, LayerNormAct2d: a layer norm of images, over their channels.
+    return -1 if isinstance(module, CHANNELS_LAST) and not re.search(r"\dd", kind.__name__) else 1
+
+
+def channels(module: nn.Module) -> int:
+    """The number of channels; 0 of a lazy layer that has seen no input."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, CHANNELS_LAST):
+        return module.normalized_shape[-1]
+    return int(module.num_features)  # type: ignore[arg-type]
+
+
+def settings(module: nn.Module) -> dict[str, Any]:
+    """The layer's settings, under the names of bnlight's arguments."""
+    if isinstance(module, Norm):
+        return _own_settings(module)
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    found: dict[str, Any] = {"eps": module.eps, "affine": weight is not None or bias is not None}
+    if found["affine"]:
+        found["bias"] = bias is not None
+    if isinstance(module, batchnorm._BatchNorm):
+        found |= {"momentum": module.momentum, "track_running_stats": module.running_mean is not None}
+    if isinstance(module, nn.GroupNorm):
+        found["num_groups"] = module.num_groups
+    if isinstance(module, CHANNELS_LAST):
+        found["over"] = "channels"
+    if found["eps"] is None:  # of torch's RMSNorm: the machine epsilon of the input's dtype
+        del found["eps"]
+        if isinstance(weight, Tensor) and weight.dtype == torch.float64:
+            found["eps"] = torch.finfo(torch.float64).eps
+    return found
+
+
+def _own_settings(module: Norm) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in inspect.signature(own_class(module)).parameters:
+        value = getattr(module, name, inspect.Parameter.empty)
+        if name == "bias":
+            value = value is not None or not module.affine
+        if name not in ("num_features", "device", "dtype") and value is not inspect.Parameter.empty:
+            found[name] = value
+    for name, initial in (("alpha", "initial_alpha"), ("r_max", "first_bounds"), ("d_max", "first_bounds")):
+        if name in found and hasattr(module, initial):  # the live values are state
+            value = getattr(module, initial)
+            found[name] = value[name == "d_max"] if isinstance(value, tuple) else value
+    if isinstance(module, MeanOnlyBatchNorm):
+        found.pop("eps", None)
+    return {name: value for name, value in found.items() if not isinstance(value, Tensor)}
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why no layer of another kind could stand here, if so."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted"
+    if base_of(module) is None:
+        return "a norm of another library, of which only the name is known"
+    if isinstance(module, CHANNELS_LAST) and len(module.normalized_shape) > 1:
+        return f"it normalizes over {len(module.normalized_shape)} axes, {tuple(module.normalized_shape)}"
+    if (
+        isinstance(module, batchnorm._BatchNorm)
+        and module.running_mean is not None
+        and not module.track_running_stats
+    ):
+        return (
+            "its track_running_stats was switched off later: it evaluates by averages that it does not move"
+        )
+    return None
+
+
+def is_unseen(module: nn.Module) -> bool:
+    """Whether the layer is lazy and has seen no input, so that the number of its channels is unknown."""
+    return isinstance(module, LazyModuleMixin) and channels(module) == 0
+
+
+def beyond(module: nn.Module) -> list[str]:
+    """What the layer does or has that its known base does not: it would be lost."""
+    base = base_of(module)
+    assert base is not None
+    kind = own_class(module)
+    if f"{kind.__module__}.{kind.__qualname__}" in SAME:
+        return []
+    known, found = set(base.__mro__), dict[str, None]()
+    for ancestor in kind.__mro__:
+        if ancestor not in known:
+            names = vars(ancestor).keys() - _INERT
+            found |= {f"{name}()" if callable(vars(ancestor)[name]) else name: None for name in sorted(names)}
+    for name in sorted(vars(module).keys() - _reference(base)):
+        if callable(getattr(kind, name, None)):
+            found[f"{name}() of the instance"] = None
+    computed = {*getattr(module, "parametrizations", {}), "parametrizations"}
+    for state in _STATE:
+        names = getattr(module, state).keys() - _reference_state(base, state) - computed
+        found |= dict.fromkeys(sorted(names))
+    return [*found]
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What somebody has set on the layer beside the attributes that its known base has."""
+    base = base_of(module)
+    assert base is not None
+    kind = own_class(module)
+    names = vars(module).keys() - _reference(base) - {"_compiled_call_impl"}
+    return {name: vars(module)[name] for name in sorted(names) if not callable(getattr(kind, name, None))}
+
+
+@cache
+def _example(base: Any) -> nn.Module:
+    arguments = (
+        (1, 1) if issubclass(base, nn.GroupNorm) else () if issubclass(base, LazyModuleMixin) else (1,)
+    )
+    example: nn.Module = base(*arguments, device="meta")
+    return example
+
+
+def _reference(base: Any) -> set[str]:
+    return set(vars(_example(base)))
+
+
+def _reference_state(base: Any, state: str) -> set[str]:
+    optional = {"_parameters": {"weight", "bias"}, "_buffers": {*STATISTICS}, "_modules": set[str]()}
+    return {*getattr(_example(base), state)} | optional[state]
