@@ -58,8 +58,7 @@ class Plan:
                     continue
                 layer, reason = self._partner(norm, after=after)
                 if layer is None:
-                    first = self.kept.get(path)
-                    self.kept[path] = first if first and not after else reason
+                    self.kept[path] = reason if after else "; ".join(filter(None, (self.kept[path], reason)))
                 else:
                     self._fold(norm, path, layer, after=after)
                     changed = True
@@ -81,16 +80,18 @@ class Plan:
         """The layer to fold into, or None and the reason."""
         flow = self.flow
         if norm in flow.hooked:
-            return None, "it has hooks"
+            return None, "it has hooks" if after else ""
         if norm in flow.unseen or norm not in flow.calls:
-            return None, flow.unseen.get(norm, "the forward does not call it")
+            return None, flow.unseen.get(norm, "the forward does not call it") if after else ""
+        if not all(flow.has_one_input(call) for call in flow.calls[norm]):
+            return None, "it is called with more than its input" if after else ""
         step, back = (flow.source, flow.target) if after else (flow.target, flow.source)
         found = {step(call, self._through) for call in flow.calls[norm]}
         layer = found.pop()
         if found:
-            return None, "it is called several times, on different ways"
+            return None, "it is called in several places" if after else ""
         if layer is None or not is_layer(layer):
-            return None, flow.reason(flow.calls[norm][0], self._through)
+            return None, flow.reason(flow.calls[norm][0], self._through) if after else ""
         name = f"'{flow.paths[layer]}'"
         if layer in flow.hooked:
             return None, f"{name} has hooks"

@@ -120,6 +120,10 @@ class Flow:
     def _name(self, module: nn.Module) -> str:
         return f"'{self.paths[module]}'" if self.paths[module] else type(module).__name__
 
+    def has_one_input(self, node: fx.Node) -> bool:
+        """Whether a call has an input and nothing else, such as a mask."""
+        return _input(node) is not None
+
     def source(self, node: fx.Node, through: Callable[[nn.Module], bool]) -> nn.Module | None:
         """Whose output the call `node` gets, if that output goes nowhere else; `through` such modules."""
         before = _input(node)
@@ -146,8 +150,7 @@ class Flow:
     def reason(self, node: fx.Node, through: Callable[[nn.Module], bool]) -> str:
         """Why the call `node` has no layer before it: for people."""
         before = _input(node)
-        if before is None:
-            return "it is called with more than its input"
+        assert before is not None
         while (module := self.module_of.get(before)) is not None and len(_readers(before)) == 1:
             earlier = _input(before)
             if not through(module) or earlier is None:
@@ -189,7 +192,11 @@ class Tracer(fx.Tracer):
 
     def _shown(self, value: Any) -> Any:
         """What a hook may look at or change: no direct way from one layer to the next."""
-        return +value if isinstance(value, fx.Proxy) else value
+        return (
+            self.create_proxy("call_function", operator.pos, (value,), {})
+            if isinstance(value, fx.Proxy)
+            else value
+        )
 
 
 def is_idle(module: nn.Module) -> bool:
