@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bnlight.compare import page, table
 from bnlight.compare.axes import Axes, find_axes
-from bnlight.compare.derive import derive
+from bnlight.compare.derive import Monitor, derive, monitor_of
 from bnlight.compare.read import Runs, read_runs
 from bnlight.compare.stats import Cell, make_cells, pick_metric
 from bnlight.compare.verdict import Finding, caveats, findings, headline
@@ -22,7 +22,7 @@ class Comparison:
     """What a sweep shows. `print(comparison)` is the table in plain text; `comparison.print()` uses colours.
 
     `runs`, `history` and `notes` are those of `read_runs`, with the derived columns. `cells` are the rows of
-    the table in its order, `metric` what they are ranked by, `verdict` the sentence it opens with,
+    the table in its order, `metric` what they are ranked by, `monitor` what the jobs monitored, `verdict` the sentence it opens with,
     `findings` one statement per condition (a batch size, say), `caveats` what limits them.
     """
 
@@ -34,6 +34,7 @@ class Comparison:
     axes: Axes
     cells: list[Cell]
     metric: str
+    monitor: Monitor
     target: float
     verdict: str
     findings: list[Finding]
@@ -64,7 +65,8 @@ def compare(directory: str | Path, *, target: float = 0.9, metric: str | None = 
     """Compare the jobs of the sweep in `directory`, and write `results.csv` and `comparison.html` into it.
 
     `target` is the validation accuracy that "steps to 90 %" asks for. `metric` is the column the table is
-    ranked by: by default `test/accuracy`, or the nearest thing the runs have. Runs that differ in their seeds
+    ranked by: by default what the jobs monitor (`monitor.metric`) on the test data, `test/accuracy` unless they say
+    otherwise, or the nearest thing the runs have. Runs that differ in their seeds
     only are averaged; runs that are not done are counted and listed, and are in no mean.
 
     Raises FileNotFoundError if the directory does not exist; ValueError if it holds no job, or if no run has
@@ -75,13 +77,14 @@ def compare(directory: str | Path, *, target: float = 0.9, metric: str | None = 
         raise ValueError(
             f"no job in {directory} has a readable config.yaml: {'; '.join(read.notes) or 'nothing to compare'}"
         )
-    runs = derive(read.runs, read.history, target)
+    monitor = monitor_of(read.configs)
+    runs = derive(read.runs, read.history, target, monitor)
     if metric is not None and metric not in runs:
         names = sorted(str(name) for name in runs if "/" in str(name))
         raise ValueError(
             f"no run in {directory} has the metric {metric!r}; there are: {', '.join(names) or 'none'}"
         )
-    comparison = _compare(replace(read, runs=runs), metric or pick_metric(runs), target)
+    comparison = _compare(replace(read, runs=runs), metric or pick_metric(runs, monitor), target, monitor)
     write_atomic(comparison.results_csv, results_table(comparison).to_csv(index=False))
     write_atomic(comparison.page, page.render(comparison))
     return comparison
@@ -114,10 +117,10 @@ def results_table(comparison: Comparison) -> pd.DataFrame:
     return runs[[*first, *metrics, *last]]
 
 
-def _compare(read: Runs, metric: str, target: float) -> Comparison:
+def _compare(read: Runs, metric: str, target: float, monitor: Monitor) -> Comparison:
     axes = find_axes(read.runs, read.configs)
-    cells = make_cells(read.runs, axes, metric)
-    found = findings(cells, metric)
+    cells = make_cells(read.runs, axes, metric, monitor)
+    found = findings(cells, metric, monitor)
     return Comparison(
         directory=read.directory,
         runs=read.runs,
@@ -127,8 +130,9 @@ def _compare(read: Runs, metric: str, target: float) -> Comparison:
         axes=axes,
         cells=cells,
         metric=metric,
+        monitor=monitor,
         target=target,
-        verdict=headline(found, axes, metric),
+        verdict=headline(found, axes, metric, monitor),
         findings=found,
-        caveats=caveats(read.runs, cells, axes, metric, read.configs),
+        caveats=caveats(read.runs, cells, axes, metric, read.configs, monitor),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,10 +30,56 @@ def lower_is_better(metric: str) -> bool:
     return not _LOWER.isdisjoint(re.split(r"[^a-z0-9]+", metric.lower()))
 
 
-def derive(runs: pd.DataFrame, history: pd.DataFrame, target: float) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Monitor:
+    """The metric that the jobs were told to monitor, and whether its `mode` is max or min."""
+
+    metric: str = "val/accuracy"
+    mode: str = "max"
+
+    def lower(self, metric: str) -> bool:
+        """Whether less of `metric` is better: as the jobs say for what they monitor, else by its name."""
+        if self.own and quantity(metric) == quantity(self.metric):
+            return self.mode == "min"
+        return lower_is_better(metric)
+
+    @property
+    def own(self) -> bool:
+        """Whether the jobs monitor something of their own."""
+        return self != Monitor()
+
+    @property
+    def test(self) -> str:
+        """The same metric of the test."""
+        return re.sub(r"^val(idation|id)?(?=[/_.])", "test", self.metric)
+
+
+def monitor_of(configs: pd.DataFrame) -> Monitor:
+    """What the jobs monitor, where they agree."""
+
+    def only(key: str) -> Any:
+        values = configs[key].dropna().unique() if key in configs else ()
+        return values[0] if len(values) == 1 else None
+
+    metric, mode = only("monitor.metric"), only("monitor.mode")
+    return Monitor(str(metric), str(mode)) if metric and mode else Monitor()
+
+
+def quantity(metric: str) -> str:
+    """What a metric measures, whatever it is measured on: `best_val/mae` and `test_mae` are both `mae`."""
+    return re.sub(r"^(best_)?(validation|valid|val|test|train)[/_.]", "", metric)
+
+
+def derive(
+    runs: pd.DataFrame,
+    history: pd.DataFrame,
+    target: float,
+    monitor: Monitor = Monitor(),  # noqa: B008
+) -> pd.DataFrame:
     """Add the derived columns to a copy of `runs`.
 
-    - `best_val/<name>`: the best value of each `val/` metric: the lowest loss, the highest accuracy;
+    - `best_val/<name>`: the best value of each `val/` metric: the lowest loss, the highest accuracy; likewise of
+      what the jobs monitor;
     - `steps_to_target`: the first step with `val/accuracy >= target`, missing if there is none;
     - `seconds_per_step`: the median over epochs of `train/seconds_per_step`. The first epoch carries the
       start (compiling, filling caches), so it is left out where there are others.
@@ -40,10 +88,11 @@ def derive(runs: pd.DataFrame, history: pd.DataFrame, target: float) -> pd.DataF
     finite = history.replace([np.inf, -np.inf], np.nan)
     by_job = finite.groupby("directory")
     names = {name for frame in (runs, history) for name in map(str, frame.columns) if name.startswith("val/")}
+    names |= {monitor.metric} & {*runs.columns, *history.columns}
     for name in sorted(names):
         best = runs[name].copy() if name in runs else pd.Series(np.nan, index=runs.index)
         if name in history:
-            seen = by_job[name].min() if lower_is_better(name) else by_job[name].max()
+            seen = by_job[name].min() if monitor.lower(name) else by_job[name].max()
             best = seen.reindex(runs.index).fillna(best)
         derived[f"best_{name}"] = best
     derived["steps_to_target"] = np.nan

@@ -104,7 +104,7 @@ def _curves(comparison: Comparison, drawn: dict[str, Any]) -> str:
     look = figures.look_of(comparison.cells)
     blocks = []
     for condition, cells in _conditions(comparison):
-        names = ("val/accuracy", "val/loss")
+        names = dict.fromkeys((comparison.monitor.metric, "val/accuracy", "val/loss"))
         pair = [figures.curves(comparison, cells, name, look) for name in names]
         blocks.append(_block(condition, pair, drawn))
     if not any(blocks):
@@ -193,7 +193,8 @@ def _broken(comparison: Comparison) -> str:
 
 def _runs(comparison: Comparison) -> str:
     runs, axes = comparison.runs, comparison.axes
-    metrics = [comparison.metric, "best_val/loss", "best_val/accuracy"]
+    own = [f"best_{comparison.monitor.metric}"] if comparison.monitor.own else []
+    metrics = [comparison.metric, *own, "best_val/loss", "best_val/accuracy"]
     metrics = [name for name in dict.fromkeys(metrics) if name in runs and runs[name].notna().any()]
     heads = [
         ("run", False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ def read_runs(directory: str | Path) -> Runs:
         if config is None and not (folder / "status.json").exists():
             notes.append(f"{folder.name}: not a job (no config.yaml with a job block), left out")
             continue
-        row = _row(folder, config or {}, notes)
+        result = _json(folder / "result.json", notes)
+        config = config and _used(config, (result or {}).get("unused") or ())
+        row = _row(folder, config or {}, result, notes)
         if config is not None:
             configs[folder.name] = flatten(config, row)
         history = _history(folder, notes)
@@ -159,11 +162,22 @@ def _status(folder: Path, notes: list[str]) -> dict[str, Any]:
     return status
 
 
-def _row(folder: Path, config: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _used(config: dict[str, Any], unused: Collection[str]) -> dict[str, Any]:
+    """The config without the parts that the job's own module did not take: they say nothing of it."""
+    job = _mapping(config.get("job"))
+    choices = {group: option for group, option in _mapping(job.get("choices")).items() if group not in unused}
+    if "model" in unused and "module" in choices:
+        choices["model"] = choices["module"]
+    kept = {key: value for key, value in config.items() if key not in unused}
+    return kept | {"job": {**job, "choices": choices}} if unused else config
+
+
+def _row(
+    folder: Path, config: dict[str, Any], result: dict[str, Any] | None, notes: list[str]
+) -> dict[str, Any]:
     job = _mapping(config.get("job"))
     choices = _mapping(job.get("choices"))
     status = _status(folder, notes)
-    result = _json(folder / "result.json", notes)
     state = status.get("state")
     if state == "done" and result is None:
         notes.append(f"{folder.name}: done, but there is no result.json")

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from bnlight.compare.axes import Axes, sortable
-from bnlight.compare.derive import lower_is_better
+from bnlight.compare.derive import Monitor, quantity
 
 _PREFERRED = ("test/accuracy", "best_val/accuracy", "test/loss", "best_val/loss")
 
@@ -98,29 +98,37 @@ class Cell:
         return self.runs[self.runs["state"] == "done"]
 
 
-def pick_metric(runs: pd.DataFrame) -> str:
-    """The test accuracy; failing that the best of what the done runs have."""
+NO_MONITOR = Monitor()
+
+
+def pick_metric(runs: pd.DataFrame, monitor: Monitor = NO_MONITOR) -> str:
+    """What the jobs monitor, of the test or else of validation; else test accuracy or the best that there is."""
     done = runs[runs["state"] == "done"]
     numeric = [str(name) for name in done if "/" in str(name) and done[name].notna().any()]
     tests = [name for name in numeric if name.startswith("test/")]
-    order = [_PREFERRED[0], *(t for t in tests if not lower_is_better(t)), *_PREFERRED[1:], *tests, *numeric]
+    own = [monitor.test, f"best_{monitor.metric}", monitor.metric] if monitor.own else []
+    higher = (name for name in tests if not monitor.lower(name))
+    order = [*own, _PREFERRED[0], *higher, *_PREFERRED[1:], *tests, *numeric]
     return next((name for name in order if name in numeric), "test/accuracy")
 
 
-def validation_metric(metric: str, runs: pd.DataFrame) -> str | None:
+def validation_metric(metric: str, runs: pd.DataFrame, monitor: Monitor = NO_MONITOR) -> str | None:
     """What a tuned setting is chosen by: the validation side of `metric`, never a test result."""
-    side = f"best_val/{metric.rpartition('/')[2]}"
-    names = (side, "best_val/accuracy", "best_val/loss")
+    sides = [f"best_val/{metric.rpartition('/')[2]}"]
+    if monitor.own:
+        same = quantity(metric) == quantity(monitor.metric)
+        sides.insert(0 if same else 1, f"best_{monitor.metric}")
+    names = (*sides, "best_val/accuracy", "best_val/loss")
     return next((name for name in names if name in runs and runs[name].notna().any()), None)
 
 
-def make_cells(runs: pd.DataFrame, axes: Axes, metric: str) -> list[Cell]:
+def make_cells(runs: pd.DataFrame, axes: Axes, metric: str, monitor: Monitor = NO_MONITOR) -> list[Cell]:
     """One cell per combination of settings, in the order of the table.
 
     Conditions come in their natural order, and within one the best mean of `metric` first. Of a contender's
     tuned settings, the one with the fewest diverged runs and then the best mean validation result is chosen.
     """
-    validation = validation_metric(metric, runs)
+    validation = validation_metric(metric, runs, monitor)
     known = runs[runs.index.isin(axes.values.index)]
     settings = axes.values.loc[known.index].map(_plain)
     # Missing settings group like any other value, and 32 like 32.0.
@@ -132,9 +140,9 @@ def make_cells(runs: pd.DataFrame, axes: Axes, metric: str) -> list[Cell]:
     for positions in members.values():
         chosen = {str(key): settings[key].iloc[positions[0]] for key in settings}
         cells.append(_cell(known.iloc[positions], chosen, axes, metric, validation))
-    best = {_best(group, metric, validation) for group in _contests(cells)}
+    best = {_best(group, metric, validation, monitor) for group in _contests(cells)}
     cells = [Cell(**{**vars(cell), "chosen": index in best}) for index, cell in enumerate(cells)]
-    return sorted(cells, key=lambda cell: _order(cell, axes, metric))
+    return sorted(cells, key=lambda cell: _order(cell, axes, metric, monitor))
 
 
 def _plain(value: Any) -> Any:
@@ -176,22 +184,22 @@ def _contests(cells: list[Cell]) -> list[list[tuple[int, Cell]]]:
     return list(groups.values())
 
 
-def _best(group: list[tuple[int, Cell]], metric: str, validation: str | None) -> int:
+def _best(group: list[tuple[int, Cell]], metric: str, validation: str | None, monitor: Monitor) -> int:
     def rank(item: tuple[int, Cell]) -> tuple[int, float]:
         cell = item[1]
-        value = _signed(cell.validation, validation) if validation else _signed(cell.metric, metric)
-        return cell.states.get("diverged", 0), value
+        value, name = (cell.validation, validation) if validation else (cell.metric, metric)
+        return cell.states.get("diverged", 0), _signed(value, monitor.lower(name))
 
     return min(group, key=rank)[0]
 
 
-def _signed(value: Estimate, name: str) -> float:
+def _signed(value: Estimate, lower: bool) -> float:
     """Smaller is better; a cell without a value comes last."""
     if value.n == 0:
         return math.inf
-    return value.mean if lower_is_better(name) else -value.mean
+    return value.mean if lower else -value.mean
 
 
-def _order(cell: Cell, axes: Axes, metric: str) -> tuple[Any, ...]:
+def _order(cell: Cell, axes: Axes, metric: str, monitor: Monitor) -> tuple[Any, ...]:
     condition = [sortable(cell.settings[key]) for key in axes.conditions]
-    return condition, _signed(cell.metric, metric), cell.contender, cell.seconds.mean
+    return condition, _signed(cell.metric, monitor.lower(metric)), cell.contender, cell.seconds.mean

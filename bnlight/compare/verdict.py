@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from bnlight.compare.axes import Axes, shown, sortable
-from bnlight.compare.derive import lower_is_better
-from bnlight.compare.stats import Cell, validation_metric
+from bnlight.compare.derive import Monitor
+from bnlight.compare.stats import NO_MONITOR, Cell, validation_metric
 
 INTERVALS = (
     "Intervals are 95 % Student-t intervals of the mean over seeds: they cover the randomness of the seed, "
@@ -36,13 +36,16 @@ def metric_words(metric: str) -> str:
 _SPACES = str.maketrans("/_", "  ")
 
 
-def findings(cells: Sequence[Cell], metric: str) -> list[Finding]:
+def findings(cells: Sequence[Cell], metric: str, monitor: Monitor = NO_MONITOR) -> list[Finding]:
     """One finding per condition, in the order of the table."""
     conditions = dict.fromkeys(cell.condition for cell in cells)
-    return [_finding(c, [x for x in cells if x.condition == c and x.chosen], metric) for c in conditions]
+    lower = monitor.lower(metric)
+    return [
+        _finding(c, [x for x in cells if x.condition == c and x.chosen], metric, lower) for c in conditions
+    ]
 
 
-def headline(found: Sequence[Finding], axes: Axes, metric: str) -> str:
+def headline(found: Sequence[Finding], axes: Axes, metric: str, monitor: Monitor = NO_MONITOR) -> str:
     """The one sentence a comparison opens with."""
     decided = [finding for finding in found if finding.best]
     if not decided:
@@ -53,7 +56,7 @@ def headline(found: Sequence[Finding], axes: Axes, metric: str) -> str:
     wins: dict[str, list[Finding]] = {}
     for finding in decided:
         wins.setdefault(str(finding.best), []).append(finding)
-    has = f"the {_superlative(metric)} mean {metric_words(metric)}"
+    has = f"the {_superlative(monitor.lower(metric))} mean {metric_words(metric)}"
     if len(wins) == 1:
         text = f"{decided[0].best} has {has} at all {len(decided)} settings of {named}"
     else:
@@ -68,7 +71,12 @@ def headline(found: Sequence[Finding], axes: Axes, metric: str) -> str:
 
 
 def caveats(
-    runs: pd.DataFrame, cells: Sequence[Cell], axes: Axes, metric: str, configs: pd.DataFrame
+    runs: pd.DataFrame,
+    cells: Sequence[Cell],
+    axes: Axes,
+    metric: str,
+    configs: pd.DataFrame,
+    monitor: Monitor = NO_MONITOR,
 ) -> list[str]:
     """What a careful reader would ask about, where it applies to these runs."""
     notes = [INTERVALS] if any(cell.metric.half_width is not None for cell in cells) else []
@@ -80,7 +88,7 @@ def caveats(
             "sometimes breaks, so read them together with the runs that are not done."
         )
     if is_tuned(cells):
-        by = validation_metric(metric, runs)
+        by = validation_metric(metric, runs, monitor)
         names = ", ".join(axes.label(key) for key in axes.tuned)
         how = metric_words(by) if by else f"{metric_words(metric)} itself, which is optimistic"
         notes.append(f"Each contender is judged at its own best {names} (marked *), chosen by {how}.")
@@ -134,7 +142,7 @@ def _unequal(runs: pd.DataFrame, cells: Sequence[Cell]) -> list[str]:
     return notes
 
 
-def _finding(condition: str, cells: Sequence[Cell], metric: str) -> Finding:
+def _finding(condition: str, cells: Sequence[Cell], metric: str, lower: bool) -> Finding:
     where = f"At {condition}: " if condition else ""
     words = metric_words(metric)
     ranked = [cell for cell in cells if cell.metric.n]
@@ -143,7 +151,7 @@ def _finding(condition: str, cells: Sequence[Cell], metric: str) -> Finding:
         return Finding(condition, None, False, f"{start} run has finished with a {words} yet.")
     best, others = ranked[0], ranked[1:]
     value = f"{best.metric} (n = {best.metric.n} seed{'s' if best.metric.n > 1 else ''})"
-    lead = f"{where}{_name(best)} has the {_superlative(metric)} mean {words}, {value}"
+    lead = f"{where}{_name(best)} has the {_superlative(lower)} mean {words}, {value}"
     close = [cell for cell in others if not _apart(best, cell)]
     clear = False
     if not others:
@@ -155,7 +163,7 @@ def _finding(condition: str, cells: Sequence[Cell], metric: str) -> Finding:
         why = "overlap or, with one seed, are missing" if alone else "overlap"
         text = f"{lead}, but these seeds cannot tell it apart from {_list(close)}: the 95 % intervals {why}."
         rest = len(others) - len(close)
-        worse = "higher" if lower_is_better(metric) else "lower"
+        worse = "higher" if lower else "lower"
         if rest:
             text += (
                 f" The other {rest if rest > 1 else 'one'} {'lie' if rest > 1 else 'lies'} clearly {worse}."
@@ -166,8 +174,8 @@ def _finding(condition: str, cells: Sequence[Cell], metric: str) -> Finding:
     return Finding(condition, best.contender, clear, text)
 
 
-def _superlative(metric: str) -> str:
-    return "lowest" if lower_is_better(metric) else "highest"
+def _superlative(lower: bool) -> str:
+    return "lowest" if lower else "highest"
 
 
 def _places(found: Sequence[Finding]) -> str:

@@ -54,7 +54,7 @@ def arguments(config: Config) -> dict[str, inspect.Parameter]:
         if "__init__" not in vars(base) or _of_a_framework(base):
             continue
         handed_on = {name: p for name, p in taken.items() if p.kind is not p.VAR_KEYWORD}
-        own = list(inspect.signature(base.__init__).parameters.items())[1:]
+        own = list(inspect.signature(vars(base)["__init__"]).parameters.items())[1:]
         taken = {name: p for name, p in own if p.kind is not p.VAR_POSITIONAL} | handed_on
         if not _open(taken):
             break

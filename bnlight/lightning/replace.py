@@ -15,7 +15,10 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
 from bnlight.lightning.build import instantiate
+from bnlight.surgery import replace_norm
 from bnlight.surgery.dress import Dress, dress
+from bnlight.surgery.replace import Subclasses
+from bnlight.surgery.replace_report import Report
 
 log = logging.getLogger(__name__)
 RECORD = "bnlight_replaced_norm"  # in a checkpoint
@@ -44,10 +47,10 @@ class ReplaceNorm(pl.Callback):
     """
 
     def __init__(
-        self, norm: Norm, *, include: Any = None, exclude: Any = None, subclasses: str = "refuse"
+        self, norm: Norm, *, include: Any = None, exclude: Any = None, subclasses: Subclasses = "refuse"
     ) -> None:
         plain(norm)
-        self.arguments = {"norm": norm, "include": include, "exclude": exclude, "subclasses": subclasses}
+        self.arguments: Any = {"norm": norm, "include": include, "exclude": exclude, "subclasses": subclasses}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if hasattr(pl_module, RECORD) or isinstance(pl_module, _Later):
@@ -72,8 +75,8 @@ def replace_norms(
     *,
     include: Any = None,
     exclude: Any = None,
-    subclasses: str = "refuse",
-) -> Any:
+    subclasses: Subclasses = "refuse",
+) -> Report:
     """`bnlight.replace_norm` on a LightningModule whose checkpoints will say what was replaced; returns the report.
 
     Raises ValueError if there is nothing to replace.
@@ -86,7 +89,7 @@ def replace_norms(
 
 
 def with_norm(
-    model: nn.Module, norm: Norm, include: Any = None, exclude: Any = None, subclasses: str = "refuse"
+    model: nn.Module, norm: Norm, include: Any = None, exclude: Any = None, subclasses: Subclasses = "refuse"
 ) -> nn.Module:
     """The network with its own norms replaced: what a config names in place of a class that takes no norm."""
     report, _ = _replaced(model, factory(norm), include, exclude, subclasses)
@@ -164,15 +167,11 @@ class _Later(Dress):
 
 
 def _replaced(
-    model: nn.Module, norm: Any, include: Any, exclude: Any, subclasses: Any
-) -> tuple[Any, list[str]]:
+    model: nn.Module, norm: Any, include: Any, exclude: Any, subclasses: Subclasses
+) -> tuple[Report, list[str]]:
     """The report, and the paths of what was replaced."""
-    from bnlight.surgery import replace_norm  # type: ignore[attr-defined,unused-ignore]
-
-    before = {path: (m, type(m)) for path, m in model.named_modules(remove_duplicate=False)}
     report = replace_norm(model, norm, include=include, exclude=exclude, subclasses=subclasses)
-    after = dict(model.named_modules(remove_duplicate=False))
-    paths = [path for path, (m, kind) in before.items() if after.get(path) is not m or type(m) is not kind]
+    paths = [row.path for row in report if row.new is not None or row.reason == "it is so already"]
     if not paths:
         raise ValueError(
             f"there was no norm to replace in {type(model).__name__}: the chosen norm would have no effect.\n{report}"

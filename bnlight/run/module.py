@@ -185,4 +185,4 @@ def _refuse_without_effect(config: Config, groups: list[str]) -> None:
             f"{' '.join(typed)} would have no effect: {target} takes no {' and no '.join(groups)}. Its arguments are "
             f"{', '.join(arguments(config['module'])) or 'none'}; module.name=value sets one"
         )
-    log.info("%s takes no %s: those parts of the config are not used", target, " and no ".join(groups))
+    log.info("%s takes no %s: those parts of the config are not used", target, ", no ".join(groups))

@@ -154,7 +154,7 @@ class ProgressLines(_Display):
 
 
 def progress_display(style: str, label: str, name: str, metric: str | None) -> list[pl.Callback]:
-    """The callback that shows progress and `metric` in `style` (auto, bar, plain or off); auto is a bar on a terminal."""
+    """The callback that shows progress and `metric`, in `style` auto (a bar on a terminal), bar, plain or off."""
     title = f"{label} {name.rsplit('-', 1)[0]}".strip()  # without the hash
     if style == "auto":
         style = "bar" if Console().is_terminal else "plain"
