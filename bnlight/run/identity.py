@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from bnlight.run.weights import fingerprint
 
 # Where things are and what is shown: two jobs that differ only here are the same job.
-NOT_IDENTITY = ("hydra", "paths", "logger", "progress", "rerun", "job")
+LIMITS = ("checkpoint_every", "time_limit", "stall_limit", "fail_fast", "dry_run")
+NOT_IDENTITY = ("hydra", "paths", "logger", "progress", "rerun", "job", "share_devices", *LIMITS)
 # Options that came later, as they are when they are off.
 OFF: dict[str, Any] = {
     "init_from": None,

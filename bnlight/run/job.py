@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import secrets
 import shutil
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from bnlight.run import sweep
+from bnlight.run.devices import devices_of, lease
 from bnlight.run.identity import choices, identity
-from bnlight.run.processes import RankFailed, already_started, launch, processes_of, this_rank
+from bnlight.run.processes import RankFailed, WrongDevices, already_started, launch, processes_of, this_rank
+from bnlight.run.started import WrongRanks, check_ranks, follow, go, leading, meeting
 from bnlight.run.status import (
     JobBusy,
     own,
     read_json,
-    read_status,
     this_process,
     update_status,
     write_atomic,
@@ -73,12 +77,10 @@ def run_job(config: DictConfig) -> float | None:
         _follow(resolved, directory)
     else:
         try:
-            with own(directory):
+            with leading(directory), own(directory):
                 _lead(resolved, directory, label)
         except JobBusy as busy:
             print(f"{label} {directory.name}: skipped, {busy}".strip(), flush=True)
-            if already_started():  # the other ranks would wait for this one
-                raise JobFailed(directory.name) from busy
             return None
         except OwnershipError as error:
             print(f"{label} {directory.name}: failed: {error}".strip(), flush=True)
@@ -115,11 +117,18 @@ def check_command(config: DictConfig, hydra: Any) -> None:
         raise CommandError(f"progress={config.progress} is unknown; choose one of {', '.join(STYLES)}")
     if (config.get("monitor") or {}).get("mode", "max") not in ("max", "min"):
         raise CommandError(f"monitor.mode={config.monitor.mode} is unknown; choose one of max, min")
-    if already_started() and hydra.mode.name == "MULTIRUN":
+    inside = sweep.current is not None and sweep.current.inside_job
+    if already_started() and hydra.mode.name == "MULTIRUN" and not inside:
         raise CommandError(
             "A sweep starts the ranks of each of its jobs itself: run it without torchrun or srun (one process), "
             "with trainer=ddp and trainer.devices=... for several ranks per job"
         )
+    with contextlib.suppress(WrongDevices):  # that is the job's failure
+        devices = processes_of(config.trainer)
+        try:
+            check_ranks(config.trainer, devices)
+        except WrongRanks as error:
+            raise CommandError(str(error)) from None
 
 
 def _described(error: BaseException) -> tuple[str, str]:
@@ -180,32 +189,42 @@ def _lead(config: dict[str, Any], directory: Path, label: str) -> None:
 
 
 def _follow(config: dict[str, Any], directory: Path) -> None:
-    """Train as one of the ranks that somebody else has started; rank 0 keeps the directory."""
-    state = read_status(directory).get("state")
-    if config["rerun"] != "all" and (state in FINISHED or (state == "failed" and config["rerun"] is None)):
-        return
-    _train_here(config, directory, label="")
+    """Train as one of the ranks that somebody else has started; rank 0 keeps the directory and decides."""
+    if follow(directory, config["job"]["identity"]):
+        _train_here(config, directory, label="")
 
 
 def _train(config: dict[str, Any], directory: Path, label: str) -> None:
     trainer = config["trainer"]
-    processes = processes_of(trainer)
-    nodes = int(trainer.get("num_nodes") or 1)
-    if already_started() or (processes == 1 and nodes == 1):
+    if already_started():  # whoever has started the ranks has given each its device
+        go(directory, config["job"]["identity"])
         _train_here(config, directory, label)
-    elif nodes > 1:
-        raise ValueError(
-            f"trainer.num_nodes={nodes}, but the ranks of this job were not started on {nodes} nodes: "
-            "start the same command on each with torchrun or srun"
-        )
-    else:
-        launch(directory, processes, label)
+        return
+    processes = processes_of(trainer)
+    title = f"{label} {directory.name}".strip()
+    with lease(
+        devices_of(trainer),
+        str(trainer.get("accelerator", "auto")),
+        share=config.get("share_devices", 1),
+        say=lambda text: print(f"{title}: {text}", flush=True),
+        holder=directory.name,
+    ) as leased:
+        if leased is not None:
+            update_status(directory, devices=leased.ids)
+        if processes == 1:
+            _train_here(config, directory, label, leased.for_this_process() if leased else {})
+        else:
+            launch(directory, processes, label, leased.for_new_processes() if leased else {})
 
 
-def _train_here(config: dict[str, Any], directory: Path, label: str) -> None:
+def _train_here(
+    config: dict[str, Any], directory: Path, label: str, environment: Mapping[str, str] | None = None
+) -> None:
     from bnlight.run.isolation import isolated, log_to
 
-    with isolated(), log_to(directory / "job.log", rank=this_rank() if already_started() else 0):
+    with isolated(), log_to(directory / "job.log", rank=this_rank()):
+        os.environ.update(environment or {})
+        os.environ.update(meeting(directory))
         from bnlight.run.train import train  # here, as Lightning's import writes into the environment
 
         train(config, directory, label)

@@ -13,11 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bnlight.run.started import started
 from bnlight.run.status import read_json
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PARENT = "BNLIGHT_PARENT_PID"
 SECONDS_TO_STOP = 45.0  # torch's launcher gives its ranks 30 s between SIGTERM and SIGKILL
+
+
+class WrongDevices(ValueError):
+    """`trainer.devices` is not a number of devices."""
 
 
 class RankFailed(RuntimeError):
@@ -46,17 +51,13 @@ def parenthood() -> dict[str, str]:
 
 def already_started() -> bool:
     """Whether somebody else (torchrun, srun) has started the ranks, and this process is one of them."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return True
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return True
-    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and not interactive
+    return started() is not None
 
 
 def this_rank() -> int:
-    """The global rank of this process among ranks that somebody else has started."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    """The global rank of this process among ranks that somebody else has started; 0 if it was started alone."""
+    place = started()
+    return place.rank if place else 0
 
 
 def processes_of(trainer: Mapping[str, Any]) -> int:
@@ -73,14 +74,16 @@ def processes_of(trainer: Mapping[str, Any]) -> int:
     except ValueError:
         count = 0
     if count < 1:
-        raise ValueError(
+        raise WrongDevices(
             f"trainer.devices={devices} is not a number of devices: expected 1, 2, ..., a list or 'auto'"
         )
     return count
 
 
-def launch(directory: Path, processes: int, label: str) -> None:
+def launch(directory: Path, processes: int, label: str, environment: Mapping[str, str] | None = None) -> None:
     """Start the job's ranks from its `config.yaml` with torch's elastic launcher, and wait for them.
+
+    `environment` is added to theirs.
 
     Raises RankFailed, with the traceback of the rank that failed first.
     """
@@ -88,7 +91,7 @@ def launch(directory: Path, processes: int, label: str) -> None:
     # In a session of its own, so that Ctrl-C reaches the ranks once: from here.
     agent = subprocess.Popen(
         [sys.executable, "-m", "bnlight.run.elastic", str(directory), str(processes), label],
-        env=os.environ | parenthood() | {"OMP_NUM_THREADS": threads},
+        env=os.environ | parenthood() | {"OMP_NUM_THREADS": threads} | dict(environment or {}),
         start_new_session=True,
     )
     try:

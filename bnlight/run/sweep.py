@@ -20,6 +20,7 @@ class Sweep:
     directory: Path
     total: int | None
     seconds: list[float] = field(default_factory=list)  # of the jobs that were run, not skipped
+    inside_job: bool = False  # this process runs one job for a launcher; the sweep itself is elsewhere
 
     def label(self, number: int) -> str:
         """Such as `[3/18, 2 min left]` for the third job; the estimate is the mean job times those to come."""
