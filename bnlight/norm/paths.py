@@ -5,11 +5,19 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 Patterns = str | Iterable[str] | None
 """A pattern of layers' paths, such as `"features.*"`, or several; `*` matches dots too. None is no choice."""
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without a wrapper whose forward other ranks or copies take part in."""
+    inner = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def paths_of(model: nn.Module, kinds: tuple[type[M], ...]) -> dict[M, list[str]]:

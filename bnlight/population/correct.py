@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlight.norm import BatchRenorm, FullNorm
 from bnlight.norm.batch import BatchStatistics
-from bnlight.population.observe import Forward, Pool, layers_of, pooled, unwrapped, warn_of_missed
+from bnlight.norm.paths import unwrapped
+from bnlight.population.observe import Forward, Pool, layers_of, pooled, warn_of_missed
 
 
 def correct_inference(

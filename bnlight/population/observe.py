@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.core import Moments, moments
 from bnlight.norm.recompute import Calls
 from bnlight.norm.sync import Meeting, merged
 from bnlight.population.ranks import number_of_ranks, of_all_ranks
+from bnlight.surgery.freeze import Frozen
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -154,15 +154,8 @@ def moving_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def frozen(layer: nn.Module, model: nn.Module) -> bool:
-    """Whether the layer's averages must stay: in evaluation mode in a model in training mode."""
-    return model.training and not layer.training
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without a wrapper whose forward other ranks or copies take part in."""
-    inner = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
-    assert isinstance(inner, nn.Module)
-    return inner
+    """Whether the layer's averages must stay: by `freeze_norm`, or in evaluation mode in a model in training mode."""
+    return isinstance(layer, Frozen) or (model.training and not layer.training)
 
 
 def _input(name: str, model: nn.Module, batch: Any) -> Tensor:

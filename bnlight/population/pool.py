@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from bnlight.norm import BatchRenorm
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.core import Moments
+from bnlight.norm.paths import unwrapped
 from bnlight.norm.recompute import recomputing
 from bnlight.norm.sync import Meeting, ProcessGroup, merged
-from bnlight.population.observe import Pool, moving_layers, unwrapped
+from bnlight.population.observe import Pool, moving_layers
 from bnlight.population.ranks import number_of_ranks, of_all_ranks
 
 
@@ -73,8 +74,7 @@ def pool_statistics(model: nn.Module) -> PooledStatistics:
     What this does not do: each micro-batch is still normalized by its own statistics. With few values per
     channel use a norm without batch statistics, or `sync_norm`.
 
-    Works with bnlight's layers and torch's, not inside `torch.compile`: RuntimeError at the step if a layer's
-    batches went by unseen.
+    Works with bnlight's layers and torch's, compiled too, which compiles them once more.
 
     >>> layer = nn.BatchNorm1d(1, momentum=0.5)
     >>> with pool_statistics(layer):
@@ -144,12 +144,12 @@ class _TorchWindow:
         self.before = layer.track_running_stats
         # In training torch then leaves the averages and their counter alone; evaluation uses them as ever.
         self._track(False)
-        self.hook = layer.register_forward_pre_hook(self._see, with_kwargs=True)
+        self.hook = layer.register_forward_hook(self._see, with_kwargs=True)
 
     def _track(self, running: Any) -> None:
         self.layer.track_running_stats = running
 
-    def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _see(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if layer.training and not recomputing():
             with torch.no_grad():
                 self.pool.add_input(layer, args, kwargs)

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from bnlight.norm import BatchRenorm
+from bnlight.norm.paths import unwrapped
 from bnlight.population.observe import (
     Forward,
     Pool,
     layers_of,
     moving_layers,
     pooled,
-    unwrapped,
     warn_of_missed,
 )
 

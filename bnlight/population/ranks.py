@@ -36,7 +36,7 @@ def of_all_ranks(name: str, parts: dict[str, list[Tensor]], group: ProcessGroup)
     if not bool((found == found[0]).all()):
         _tell_apart(name, layout, group)
     sizes = [tensor.numel() for tensor in tensors]
-    columns = iter(_gathered(row, group).split(sizes, 1))
+    columns = iter(torch.split(_gathered(row, group), sizes, 1))
     return {path: [next(columns) for _ in values] for path, values in parts.items()}
 
 

@@ -7,8 +7,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnlight.norm import BatchLayerNorm, FullNorm
 from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.paths import unwrapped
 from bnlight.norm.sync import ProcessGroup
-from bnlight.population.observe import frozen, unwrapped
+from bnlight.population.observe import frozen
 from bnlight.population.ranks import number_of_ranks, of_all_ranks
 
 

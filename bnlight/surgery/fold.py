@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from bnlight.observe import unwrapped
+from bnlight.norm.paths import unwrapped
 from bnlight.surgery.dress import Dress, dress
 from bnlight.surgery.fold_plan import Plan
-from bnlight.surgery.fold_rules import FoldedNorm, is_norm, materialize, rescale
+from bnlight.surgery.fold_rules import FoldedNorm, behind, is_norm, materialize, rescale
 
 
 @dataclass
@@ -98,7 +98,7 @@ def fold_norm(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> nn.Modu
         rescale(layer, plan.before.get(path), plan.after.get(path))
     for path in plan.folded:
         described = f"{type(norms[path]).__name__}({norms[path].extra_repr()})"
-        _replace(new, norms[path], FoldedNorm(path, described) if path in plan.rows else nn.Identity())
+        _replace(new, norms[path], FoldedNorm(path, described) if path in plan.rows else behind(norms[path]))
     folded = {path: plan.folded[path] for path in norms if path in plan.folded}
     new.fold_report = FoldReport(folded, plan.kept)  # type: ignore[assignment]
     if not isinstance(new, fx.GraphModule):  # whose class is made anew wherever it is unpickled

@@ -1,3 +1,0 @@
-"""Kept for one import."""
-
-from bnlight.population.observe import unwrapped as unwrapped
