@@ -7,6 +7,7 @@ from torch import nn
 from bnlight.surgery.fold_rules import (
     Affine,
     affine_of,
+    behind,
     channels_problem,
     is_layer,
     is_norm,
@@ -101,10 +102,12 @@ class Plan:
             return None, f"{name} {problem}"
         if any(back(call, self._through) is not norm for call in flow.calls[layer]):
             return None, f"{name} is called elsewhere too"
+        if not after and not isinstance(behind(norm), nn.Identity):
+            return None, f"it does more than normalize before {name}"
         problem = channels_problem(norm, layer, after=after)
         if problem is None and not after:
             problem = padding_problem(layer, affine_of(norm).shift)
         return (None, problem) if problem else (layer, "")
 
     def _through(self, module: nn.Module) -> bool:
-        return module in self.done or is_idle(module)
+        return is_idle(module) or (module in self.done and isinstance(behind(module), nn.Identity))

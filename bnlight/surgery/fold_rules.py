@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -82,6 +83,16 @@ def own_class(module: nn.Module) -> Any:
     return kind.__mro__[1] if kind.__name__.startswith("Parametrized") else kind
 
 
+def behind(norm: Any) -> nn.Module:
+    """What a norm does besides normalizing, to be left in its place: timm's have dropout and an activation."""
+    return nn.Sequential(norm.drop, norm.act) if own_class(norm) in _timm_norms() else nn.Identity()
+
+
+def _timm_norms() -> tuple[Any, ...]:
+    timm = sys.modules.get("timm.layers.norm_act")
+    return () if timm is None else (timm.BatchNormAct2d, timm.SyncBatchNormAct)
+
+
 def norm_problem(norm: nn.Module) -> str | None:
     """Why a norm is no fixed scale and shift in evaluation, None if it is."""
     kind = own_class(norm)
@@ -97,7 +108,7 @@ def norm_problem(norm: nn.Module) -> str | None:
         methods = ("forward",)
     if base is None or (isinstance(norm, _InstanceNorm) and not norm.track_running_stats):
         return "it normalizes each sample by its own statistics"
-    if changed := _overridden(norm, kind, base, methods):
+    if kind not in _timm_norms() and (changed := _overridden(norm, kind, base, methods)):
         return f"{kind.__name__} has a {changed} of its own"
     if not isinstance(norm, NoNorm) and norm.running_mean is None:
         return "it has no running statistics, so it normalizes by the batch in evaluation too"
