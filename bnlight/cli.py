@@ -53,7 +53,7 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("train", help="train one job, or several with -m (Hydra's command line)")
     commands.add_parser("sweep", help="run a sweep file, then compare its jobs")
-    commands.add_parser("bench", help="measure the layers against torch's (bench norm)")
+    commands.add_parser("bench", help="measure the layers against torch's (bench norm), or folding (bench fold)")
     compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
     compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
     target = "accuracy whose first step is reported (default: 0.9)"
@@ -111,10 +111,19 @@ def run_sweep(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """`bnlight bench norm [options]`: how fast the layers are here, beside torch's."""
-    if arguments[:1] != ["norm"]:
-        print("usage: bnlight bench norm [options]; bnlight bench norm --help lists them", file=sys.stderr)
+    """`bnlight bench norm|fold [options]`: how fast the layers, or folded networks, are here, beside torch's."""
+    if arguments[:1] not in (["norm"], ["fold"]):
+        print(
+            "usage: bnlight bench norm [options]    the layers against torch's\n"
+            "       bnlight bench fold [options]    inference with norms folded into layers\n\n"
+            "--help behind either lists its options",
+            file=sys.stderr,
+        )
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    if arguments[0] == "fold":
+        from bnlight.bench.fold import main as bench_fold
+
+        return bench_fold(arguments[1:])
     from bnlight.bench.norm import main as bench_norm
 
     return bench_norm(arguments[1:])
