@@ -9,13 +9,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnlight.norm import LayerNorm, Norm
 from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.sync import Meeting
 from bnlight.surgery import replace_carry as carry
 from bnlight.surgery.dress import worn
 from bnlight.surgery.replace_factory import Factory, NormFactory, wrong_axis
 from bnlight.surgery.replace_groups import Optimizers, as_list, follow
-from bnlight.surgery.replace_kinds import beyond, is_unseen, obstacle, own_class
+from bnlight.surgery.replace_kinds import Activated, beyond, is_unseen, obstacle, own_class
 from bnlight.surgery.replace_report import Report, Row
 from bnlight.surgery.replace_select import Selector, chosen, norms_of, refuse_sharded, unwrapped
+from bnlight.surgery.synchronized import Synchronized, synchronize
 
 Subclasses = Literal["refuse", "replace", "skip"]
 
@@ -103,7 +105,7 @@ def _plan(
     """The new layers, ready to take their places, and why others are left; the model is as it was."""
     swaps: dict[nn.Module, _Swap] = {}
     left: dict[nn.Module, str] = {}
-    refused: list[str] = []
+    refused: dict[str, list[str]] = {}
     copies: carry.Copies = {}
     made: set[nn.Module] = {*root.modules()}
     for old, paths in norms.items():
@@ -126,19 +128,24 @@ def _plan(
             left[old] = f"{', '.join(lost)} would be lost"
             continue
         if lost and policy == "refuse":
-            refused.append(f"{where} would lose {', '.join(lost)}")
+            refused.setdefault(f"{kind.__name__} would lose its {', '.join(lost)}", []).append(paths[0])
             continue
         row = _row(old, new, factory.explicit, copies, lost)
-        if type(new) is kind and isinstance(new, Norm) and repr(new) == repr(old):
+        if own_class(new) is kind and isinstance(new, Norm) and repr(new) == repr(old):
             left[old] = "it is so already"
         else:
             swaps[old] = _Swap(old, new, row)
     if refused:
+        reasons = (f"{what} ({_some(places)})" for what, places in refused.items())
         raise ValueError(
-            f"replace_norm: nothing was replaced, because {'; '.join(refused)}. subclasses='skip' leaves such layers, "
+            f"replace_norm: nothing was replaced: {'; '.join(reasons)}. subclasses='skip' leaves such layers, "
             "subclasses='replace' takes them for their base class, exclude= leaves single ones"
         )
     return swaps, left
+
+
+def _some(paths: list[str]) -> str:
+    return ", ".join(map(repr, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _made(factory: Factory, old: nn.Module, root: nn.Module, where: str) -> nn.Module:
@@ -158,13 +165,13 @@ def _row(old: nn.Module, new: nn.Module, explicit: set[str], copies: carry.Copie
         target.extend(source)
     if hooks := carry.number_of_hooks(old):
         carried.append(f"{hooks} hook{'s'[: hooks > 1]}")
-    carried += [behaviour.__name__ for behaviour in worn(old)]
-    if (meeting := carry.group_of(old)) is not None:
-        (carried if isinstance(new, BatchStatistics) else dropped).append("process_group")
-        if isinstance(new, BatchStatistics):
-            new.meeting = meeting
+    carried += [
+        behaviour.__name__.lower() for behaviour in worn(old) if behaviour not in (Activated, Synchronized)
+    ]
+    if (met := carry.carry_meeting(old, new)) is not None:
+        (carried if met else dropped).append("process group")
     fresh = [name for name in had if not any(name == other.split(" ")[0] for other in carried)]
-    old_name, new_name = own_class(old).__name__, type(new).__name__
+    old_name, new_name = own_class(old).__name__, own_class(new).__name__
     return Row("", old_name, new_name, tuple(carried), tuple(dropped + lost), tuple(fresh))
 
 
@@ -193,9 +200,23 @@ def _commit(model: nn.Module, root: nn.Module, swaps: dict[nn.Module, _Swap]) ->
     new_of = {id(old): swap.new for old, swap in swaps.items()}
     for module in [*model.modules()]:
         _exchange(vars(module), new_of)
-    if any(isinstance(s.new, BatchStatistics) and s.new.process_group is not None for s in swaps.values()):
-        carry.renumber(root)
+    if any(isinstance(s.new, BatchStatistics | Synchronized) and s.new.process_group for s in swaps.values()):
+        _renumber(root)
     return _leave_fast_path(root, {*new_of.values()})
+
+
+def _renumber(root: nn.Module) -> None:
+    """Let the synchronized layers meet under the numbers and paths that they have in the model now."""
+    kinds = BatchStatistics | Synchronized
+    layers: dict[Any, str] = {m: path for path, m in root.named_modules() if isinstance(m, kinds)}
+    width = max(1 + 3 * layer.num_features for layer in layers)
+    for number, (layer, path) in enumerate(layers.items()):
+        if (group := layer.process_group) is not None:
+            meeting = Meeting(group, layer=number, path=path, width=width, timeout=layer.meeting.timeout)
+            if isinstance(layer, BatchStatistics):
+                layer.meeting = meeting
+            else:
+                synchronize(layer, meeting)
 
 
 def _exchange(space: dict[str, Any], new_of: dict[int, nn.Module]) -> None:

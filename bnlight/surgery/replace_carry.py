@@ -13,7 +13,17 @@ from bnlight.norm import BatchRenorm, FullNorm
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sync import Meeting
 from bnlight.surgery.dress import dress, worn
-from bnlight.surgery.replace_kinds import STATISTICS, attributes, base_of, own_class, settings
+from bnlight.surgery.freeze import Frozen
+from bnlight.surgery.replace_kinds import (
+    STATISTICS,
+    Activated,
+    attributes,
+    base_of,
+    is_activated,
+    own_class,
+    settings,
+)
+from bnlight.surgery.synchronized import Synchronized, synchronize
 
 _HOOKS = (
     "_backward_pre_hooks",
@@ -60,6 +70,10 @@ def carry_state(
     for parameter in new.parameters() if frozen else ():
         parameter.requires_grad_(False)
     new.train(old.training)
+    if is_activated(old):
+        for name in ("drop", "act"):
+            new.add_module(name, old.get_submodule(name))
+            carried.append(name)
     for name, value in attributes(old).items():
         if same or not hasattr(new, name):
             vars(new)[name] = value
@@ -138,23 +152,31 @@ def number_of_hooks(module: nn.Module) -> int:
 
 
 def carry_dress(old: nn.Module, new: nn.Module) -> None:
-    """The behaviour that the old layer was given in place."""
+    """The behaviour that the old layer was given in place: `freeze_norm`'s, and those that are not known here."""
+    if is_activated(old):
+        dress(new, Activated)
     for behaviour in reversed(worn(old)):
+        if behaviour is Synchronized:
+            continue
+        if behaviour is Frozen:
+            mode, flags = vars(old)["_thawed"]
+            names = [name for name, _ in new.named_parameters()]
+            trained = {name: flags.get(name, any(flags.values())) for name in names}
+            vars(new)["_thawed"] = mode, trained if flags else {}
         dress(new, behaviour)
 
 
-def group_of(old: nn.Module) -> Meeting | None:
-    """Where the old layer meets the other ranks, if it does."""
-    if isinstance(old, BatchStatistics):
-        return old.meeting if old.process_group is not None else None
-    return Meeting(old.process_group or "world") if isinstance(old, nn.SyncBatchNorm) else None
-
-
-def renumber(model: nn.Module) -> None:
-    """Let the synchronized layers meet under the numbers and paths that they have in the model now."""
-    layers = {m: path for path, m in model.named_modules() if isinstance(m, BatchStatistics)}
-    width = max((layer.row_length() for layer in layers), default=0)
-    for number, (layer, path) in enumerate(layers.items()):
-        if (group := layer.process_group) is not None:
-            timeout = layer.meeting.timeout
-            layer.meeting = Meeting(group, layer=number, path=path, width=width, timeout=timeout)
+def carry_meeting(old: nn.Module, new: nn.Module) -> bool | None:
+    """Let the new layer meet the other ranks where the old one did; False if it cannot, None if that did not."""
+    if isinstance(old, BatchStatistics | Synchronized):
+        group, timeout = old.meeting.group, old.meeting.timeout
+    else:
+        group, timeout = (old.process_group or "world" if isinstance(old, nn.SyncBatchNorm) else None), None
+    if group is None:
+        return None
+    meeting = Meeting(group, timeout=timeout)
+    if isinstance(new, BatchStatistics):
+        new.meeting = meeting
+    elif isinstance(new, _BatchNorm):
+        synchronize(new, meeting)
+    return isinstance(new, BatchStatistics | _BatchNorm)

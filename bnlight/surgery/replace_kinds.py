@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, instancenorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from bnlight.norm import NORMS, MeanOnlyBatchNorm, Norm
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sample import SampleStatistics
-from bnlight.surgery.dress import Dress
+from bnlight.surgery.dress import Dress, plain_class
 
 KNOWN: frozenset[type[nn.Module]] = frozenset(
     {
@@ -39,7 +40,17 @@ SAME: dict[str, int] = {
 }
 """Subclasses of torch's norms whose own forward computes what their base does, and the axis of their channels."""
 
+ACTIVATED: frozenset[str] = frozenset(
+    f"timm.layers.norm_act.{name}"
+    for name in (
+        *("BatchNormAct2d", "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormActFp32"),
+        *("LayerNormAct2d", "LayerNormAct2dFp32"),
+    )
+)
+"""Subclasses of torch's norms that are followed by their own `drop` and `act`."""
+
 CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
+_ELSEWHERE = {"_compiled_call_impl", "_sync", "_thawed"}  # carried, or reported, in a way of its own
 _NAMED_NORM = re.compile(r"Norm(alization)?(?![a-z])")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _STATE = ("_parameters", "_buffers", "_modules")
@@ -59,25 +70,41 @@ _INERT = {
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class as its author wrote it, without dress and parametrization."""
-    return next(kind for kind in type(module).__mro__ if _written(kind))
-
-
-def _written(kind: type) -> bool:
-    return not issubclass(kind, Dress) and kind.__module__ != parametrize.__name__
+    kind: type[nn.Module] = plain_class(module)
+    return kind.__bases__[0] if kind.__module__ == parametrize.__name__ else kind
 
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:
     """The known norm that the module is or descends from."""
-    return next((kind for kind in type(module).__mro__ if kind in KNOWN), None)
+    return next((kind for kind in own_class(module).__mro__ if kind in KNOWN), None)
+
+
+class Activated(Dress):
+    """A norm and then its children `drop` and `act`, as in timm."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The norm's output, dropped and activated."""
+        me: Any = self
+        return me.act(me.drop(super().forward(*args, **kwargs)))  # type: ignore[misc]
+
+
+def is_activated(module: nn.Module) -> bool:
+    """Whether the layer's children `drop` and `act` follow it."""
+    return _name(own_class(module)) in ACTIVATED or isinstance(module, Activated)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether the module is a known norm, or looks like another library's: by name, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
         return _NAMED_NORM.search(str(module.original_name)) is not None and not [*module.children()]
+    if base_of(module) is not None or not is_named_norm(module):
+        return base_of(module) is not None
     state = [*module._parameters.values(), *module._buffers.values()]
-    flat = any(tensor is not None and tensor.dim() <= 1 for tensor in state)
-    return base_of(module) is not None or (flat and is_named_norm(module))
+    return any(tensor is not None and not is_lazy(tensor) and tensor.dim() <= 1 for tensor in state)
 
 
 def is_named_norm(module: nn.Module) -> bool:
@@ -90,7 +117,7 @@ def channel_dim(module: nn.Module) -> int:
     if isinstance(module, Norm):
         return module.channel_dim
     kind = own_class(module)
-    known = SAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    known = SAME.get(_name(kind))
     if known is not None:
         return known
     # LayerNorm2d, LayerNormAct2d: a layer norm of images, over their channels.
@@ -173,7 +200,7 @@ def beyond(module: nn.Module) -> list[str]:
     base = base_of(module)
     assert base is not None
     kind = own_class(module)
-    if f"{kind.__module__}.{kind.__qualname__}" in SAME:
+    if _name(kind) in SAME | dict.fromkeys(ACTIVATED):
         return []
     known, found = set(base.__mro__), dict[str, None]()
     for ancestor in kind.__mro__:
@@ -183,9 +210,10 @@ def beyond(module: nn.Module) -> list[str]:
     for name in sorted(vars(module).keys() - _reference(base)):
         if callable(getattr(kind, name, None)):
             found[f"{name}() of the instance"] = None
-    computed = {*getattr(module, "parametrizations", {}), "parametrizations"}
+    usual = {"parametrizations", *getattr(module, "parametrizations", ())}
+    usual |= {"drop", "act"} if is_activated(module) else set()
     for state in _STATE:
-        names = getattr(module, state).keys() - _reference_state(base, state) - computed
+        names = getattr(module, state).keys() - _reference_state(base, state) - usual
         found |= dict.fromkeys(sorted(names))
     return [*found]
 
@@ -195,7 +223,7 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     base = base_of(module)
     assert base is not None
     kind = own_class(module)
-    names = vars(module).keys() - _reference(base) - {"_compiled_call_impl"}
+    names = vars(module).keys() - _reference(base) - _ELSEWHERE
     return {name: vars(module)[name] for name in sorted(names) if not callable(getattr(kind, name, None))}
 
 
