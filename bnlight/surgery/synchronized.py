@@ -69,10 +69,12 @@ class Synchronized(Dress):
         tracked = getattr(self, "num_batches_tracked", None)
         before = tracked.clone() if tracked is not None and recomputing() else None
         answered: list[bool] = []
-        with _OverRanks(meeting, calls, answered):
-            y = own(*args, **kwargs)
-        if tracked is not None and before is not None:
-            tracked.copy_(before)
+        try:
+            with _OverRanks(meeting, calls, answered):
+                y = own(*args, **kwargs)
+        finally:  # checkpointing may end a recomputed forward in the middle
+            if tracked is not None and before is not None:
+                tracked.copy_(before)
         if not answered:
             raise TypeError(
                 f"synchronized layer {meeting.layer} '{meeting.path}' is a {plain_class(self).__name__}, whose forward "
