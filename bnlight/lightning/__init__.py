@@ -8,16 +8,18 @@ if TYPE_CHECKING:
     from bnlight.lightning.classifier import Classifier as Classifier
     from bnlight.lightning.divergence import StopOnDivergence as StopOnDivergence
     from bnlight.lightning.sync import NormSync as NormSync
+    from bnlight.lightning.last import LastCheckpoint as LastCheckpoint
     from bnlight.lightning.timing import StepTimer as StepTimer
 
 _HOMES = {
     "NormSync": "sync",
     "Checkpoint": "checkpoint",
     "Classifier": "classifier",
+    "LastCheckpoint": "last",
     "StepTimer": "timing",
     "StopOnDivergence": "divergence",
 }
-__all__ = ["Checkpoint", "Classifier", "NormSync", "StepTimer", "StopOnDivergence"]
+__all__ = ["Checkpoint", "Classifier", "LastCheckpoint", "NormSync", "StepTimer", "StopOnDivergence"]
 
 
 def __getattr__(name: str) -> Any:

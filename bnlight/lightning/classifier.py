@@ -126,6 +126,15 @@ class Classifier(pl.LightningModule):
         schedule = {"scheduler": _build(scheduler, optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def rank_state_dict(self) -> dict[str, Any]:
+        """What this rank has seen since the last log, for a checkpoint in the middle of an epoch."""
+        return {"window": self._window, "logged_at": self._logged_at, "lr": self._lr}
+
+    def load_rank_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what `rank_state_dict` found."""
+        self._window = [value.to(self.device) for value in state["window"]]
+        self._logged_at, self._lr = state["logged_at"], state["lr"]
+
     def _log_window(self) -> None:
         if not self._window:
             return

@@ -19,6 +19,12 @@ class StopOnDivergence(pl.Callback):
     def __init__(self) -> None:
         self.reason: str | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"reason": self.reason}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.reason = state_dict["reason"]
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -18,6 +18,7 @@ LIMITS = ("checkpoint_every", "time_limit", "stall_limit", "fail_fast", "dry_run
 NOT_IDENTITY = ("hydra", "paths", "logger", "progress", "rerun", "job", "share_devices", *LIMITS)
 # Options that came later, as they are when they are off.
 OFF: dict[str, Any] = {
+    "sync": {"_target_": None},
     "init_from": None,
     "replace_norm": False,
     "monitor": {"metric": "val/accuracy", "mode": "max"},

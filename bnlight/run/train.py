@@ -11,18 +11,23 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import complete, instantiate
 from bnlight.lightning.divergence import StopOnDivergence
 from bnlight.lightning.initial import initialize
+from bnlight.lightning.last import AtomicCheckpointIO, LastCheckpoint
+from bnlight.lightning.stop import Stopped
 from bnlight.lightning.timing import StepTimer
+from bnlight.run.devices import leased_devices
 from bnlight.run.metrics import MetricsFile
 from bnlight.run.module import build_data, build_module, monitored, unused
 from bnlight.run.processes import this_rank
 from bnlight.run.progress import Heartbeat, progress_display
 from bnlight.run.provenance import cpu_name, git_commit, versions
+from bnlight.run.started import cluster_environment
 from bnlight.run.status import read_json, write_json
 from bnlight.run.weights import weights_file
 
@@ -74,7 +79,7 @@ def build_trainer(
     """The Trainer of the config, with the job's callbacks; what is shown and measured is bnlight's own."""
     folder = str(directory / "checkpoints")
     callbacks = [
-        instantiate(complete(callback, dirpath=folder))
+        instantiate(complete(callback, dirpath=folder, every=config["checkpoint_every"]))
         for callback in config["callbacks"].values()
         if callback
     ]
@@ -83,12 +88,14 @@ def build_trainer(
         Heartbeat(directory),
         *progress_display(config["progress"], label, config["job"]["name"], monitored(config)[0]),
     ]
-    plugins = {}
+    plugins = list(config["trainer"].get("plugins") or [])
+    plugins += cluster_environment(plugins)
     if config["sync"].get("_target_"):
-        plugins["plugins"] = [*(config["trainer"].get("plugins") or []), instantiate(config["sync"])]
+        plugins.append(instantiate(config["sync"]))
     trainer: pl.Trainer = instantiate(
         config["trainer"],
-        **plugins,
+        devices=leased_devices(config["trainer"].get("devices", 1)),
+        **({"plugins": plugins} if plugins else {}),
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
@@ -97,6 +104,8 @@ def build_trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     return trainer
 
 
@@ -104,9 +113,18 @@ def _fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any, checkpoint:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except SystemExit:
-        if trainer.interrupted:  # Lightning turns Ctrl-C into an exit
+        if trainer.interrupted and not _stopped(trainer):  # Lightning turns Ctrl-C into an exit
             raise KeyboardInterrupt from None
-        raise
+        if not trainer.interrupted:
+            raise
+    stopped = _stopped(trainer)
+    if stopped is not None:
+        raise stopped from None
+
+
+def _stopped(trainer: pl.Trainer) -> Stopped | None:
+    last = (callback for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))  # type: ignore[attr-defined]
+    return next((callback.stopped for callback in last), None)
 
 
 def _best(trainer: pl.Trainer) -> str:
