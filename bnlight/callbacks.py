@@ -1,7 +1,23 @@
 """The Lightning callbacks around norms: `from bnlight.callbacks import RenormSchedule`."""
 
+from bnlight.lightning.freeze import FreezeNorm
+from bnlight.lightning.monitor import NormMonitor
+from bnlight.lightning.precise import PreciseStatistics
 from bnlight.lightning.regularize import ConstrainNorm, PenalizeNorm
 from bnlight.lightning.renorm import RenormSchedule
+from bnlight.lightning.replace import ReplaceNorm
+from bnlight.lightning.statistics import PoolStatistics, ReduceStatistics
 from bnlight.lightning.weight import InitializeWeightNorm
 
-__all__ = ["ConstrainNorm", "InitializeWeightNorm", "PenalizeNorm", "RenormSchedule"]
+__all__ = [
+    "ConstrainNorm",
+    "FreezeNorm",
+    "InitializeWeightNorm",
+    "NormMonitor",
+    "PenalizeNorm",
+    "PoolStatistics",
+    "PreciseStatistics",
+    "ReduceStatistics",
+    "RenormSchedule",
+    "ReplaceNorm",
+]

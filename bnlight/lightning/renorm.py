@@ -50,7 +50,11 @@ class RenormSchedule(pl.Callback):
         self._step = -1  # the one whose bounds are set
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._total = planned_steps(trainer) if self.total_steps is None else self.total_steps
+        self._total = (
+            planned_steps(trainer, "RenormSchedule", "total_steps=...")
+            if self.total_steps is None
+            else self.total_steps
+        )
         if self._set(trainer, pl_module) == 0:
             rank_zero_warn(
                 "RenormSchedule has nothing to do: the model has no bnlight.norm.BatchRenorm. Choose norm=renorm, "
@@ -69,8 +73,11 @@ class RenormSchedule(pl.Callback):
         return renorm_schedule(pl_module, self._step, self._total, **self.shape)
 
 
-def planned_steps(trainer: pl.Trainer) -> int:
-    """The number that `trainer.global_step` will reach; ValueError where the Trainer cannot know it."""
+def planned_steps(trainer: pl.Trainer, name: str, instead: str) -> int:
+    """The number that `trainer.global_step` will reach; ValueError where the Trainer cannot know it.
+
+    The error speaks for the callback `name`, which would take `instead`.
+    """
     steps = trainer.estimated_stepping_batches
     reason = None
     if not 0 < steps < math.inf:
@@ -85,7 +92,7 @@ def planned_steps(trainer: pl.Trainer) -> int:
             reason = "GradientAccumulationScheduler changes the steps of an epoch"
     if reason:
         raise ValueError(
-            f"RenormSchedule: the Trainer does not know its number of optimizer steps: {reason}. Give "
-            "RenormSchedule(total_steps=...), or limit the run with Trainer(max_steps=...)"
+            f"{name}: the Trainer does not know its number of optimizer steps: {reason}. Give "
+            f"{name}({instead}), or limit the run with Trainer(max_steps=...)"
         )
     return int(steps)

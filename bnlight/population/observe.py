@@ -48,6 +48,10 @@ class Pool:
         """The unbiased variance."""
         return self.var * (self.number / (self.number - 1).clamp(min=1))
 
+    def moments(self) -> Moments:
+        """What has been counted, as one batch."""
+        return Moments(self.mean, self.var, self.number, self.samples)
+
     def add(self, batch: Moments, used: Tensor | None = None) -> None:
         """Count the values of a batch, of those of its groups that are used."""
         if batch.mean.size(-1) != len(self.mean):

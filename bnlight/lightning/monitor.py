@@ -1,0 +1,174 @@
+"""Logs what the norms do while a model trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import WandbLogger
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bnlight.norm import Norm
+from bnlight.norm.core import moments
+from bnlight.norm.recompute import recomputing
+from bnlight.population.observe import Pool, layers_of
+from bnlight.surgery import TORCH_NORMS
+
+
+class NormMonitor(pl.Callback):
+    """Logs numbers about each norm every n steps, and after each validation, under `norm/<path>/...`.
+
+    - `train_eval_gap`: how far evaluation is from training, in standard deviations: the root mean square
+      difference between a value that the running averages normalize and one that the batches' statistics do,
+      over values and channels;
+    - `running_mean`, `running_std`: means over the channels of the running averages;
+    - `weight_norm`, `bias_norm`: lengths of the parameters;
+
+    and `norm/max_train_eval_gap` of all layers, all on rank 0, of whose batches the gap is. It needs layers with
+    running averages, and is taken over the last `num_batches` batches before each logging, together: of a single
+    small batch the chance alone makes a gap. Steps without logging cost nothing. A W&B logger also gets
+    histograms of weights and biases, if `histograms` is True. What is logged goes to the Trainer's
+    loggers at `global_step`, not into `trainer.callback_metrics`.
+
+    In a channel of mean m and standard deviation s in the batches, M and S in the running averages, the squared gap
+    is `((m - M) / S)**2 + (s / S - 1)**2`.
+    """
+
+    def __init__(self, every_n_steps: int = 100, *, num_batches: int = 8, histograms: bool = False) -> None:
+        if every_n_steps < 1 or num_batches < 1:
+            raise ValueError(
+                "NormMonitor: every_n_steps and num_batches must be at least 1, got "
+                f"every_n_steps={every_n_steps}, num_batches={num_batches}"
+            )
+        self.every_n_steps = every_n_steps
+        self.num_batches = num_batches
+        self.histograms = histograms
+        self._norms: dict[str, nn.Module] = {}
+        self._seen: list[dict[str, Pool]] = []  # of the last batches that were looked at
+        self._hooks: list[RemovableHandle] = []
+        self._logged = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        kinds: tuple[type[nn.Module], ...] = (Norm, *TORCH_NORMS)
+        self._norms = {
+            path: module for path, module in pl_module.named_modules() if isinstance(module, kinds)
+        }
+        self._seen, self._logged = [], trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and self._soon(trainer, batch_idx):
+            pools = {path: Pool(path, layer) for path, layer in layers_of(pl_module).items()}
+            self._seen = [*self._seen[1 - self.num_batches or len(self._seen) :], pools]
+            self._hooks = [_watch(pool) for pool in pools.values()]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._unhook()
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._logged:
+            self._log(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._log(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._unhook()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._unhook()
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _soon(self, trainer: pl.Trainer, batch_idx: int) -> bool:
+        """Whether this batch is one of the last before a logging."""
+        steps = self.every_n_steps - trainer.global_step % self.every_n_steps
+        batches = steps * trainer.accumulate_grad_batches - batch_idx % trainer.accumulate_grad_batches
+        for interval in (trainer.num_training_batches, trainer.val_check_batch):
+            if interval and interval != float("inf"):
+                batches = min(batches, int(interval) - batch_idx % int(interval))
+        return batches <= self.num_batches
+
+    def _log(self, trainer: pl.Trainer) -> None:
+        self._logged = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        numbers = {}
+        for path, layer in self._norms.items():
+            for name, value in norm_numbers(layer).items():
+                numbers[f"norm/{path}/{name}"] = float(value)
+        gaps = {path: float(gap) for path, gap in self._gaps().items()}
+        numbers |= {f"norm/{path}/train_eval_gap": gap for path, gap in gaps.items()}
+        if gaps:
+            numbers["norm/max_train_eval_gap"] = max(gaps.values())
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+            if self.histograms and isinstance(logger, WandbLogger):
+                logger.log_metrics(self._histograms(), step=trainer.global_step)
+
+    def _gaps(self) -> dict[str, Tensor]:
+        together: dict[str, Pool] = {}
+        for pools in self._seen:
+            for path, pool in pools.items():
+                if pool.reached:
+                    into = together.setdefault(path, Pool(path, pool.layer))
+                    into.add(pool.moments())
+        return {path: train_eval_gap(pool) for path, pool in together.items()}
+
+    def _histograms(self) -> dict[str, Any]:
+        import wandb
+
+        return {
+            f"norm/{path}/{name}_histogram": wandb.Histogram(parameter.detach().flatten().tolist())
+            for path, layer in self._norms.items()
+            for name, parameter in layer.named_parameters(recurse=False)
+        }
+
+
+def norm_numbers(layer: nn.Module) -> dict[str, Tensor]:
+    """The lengths of a norm's weight and bias, and the means over channels of its running mean and deviation."""
+    numbers = {}
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name in ("weight", "bias"):
+                numbers[f"{name}_norm"] = parameter.norm()
+        mean, var = layer._buffers.get("running_mean"), layer._buffers.get("running_var")
+        if mean is not None and var is not None:
+            numbers |= {"running_mean": mean.mean(), "running_std": var.sqrt().mean()}
+    return numbers
+
+
+def train_eval_gap(pool: Pool) -> Tensor:
+    """The root mean square difference between what training and evaluation make of the pool's values."""
+    mean, var = (pool.running(name).flatten().to(pool.mean) for name in ("running_mean", "running_var"))
+    eps = pool.layer.eps
+    assert isinstance(eps, float)
+    std, batch_std = (var + eps).sqrt(), (pool.unbiased() + eps).sqrt()
+    squares = ((pool.mean - mean) / std).square() + (batch_std / std - 1).square()
+    return squares.mean().sqrt()
+
+
+def _watch(pool: Pool) -> RemovableHandle:
+    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not layer.training or recomputing():
+            return
+        x: Any = args[0] if args else kwargs.get("x", kwargs.get("input"))
+        mask: Any = args[1] if len(args) > 1 else kwargs.get("mask")
+        with torch.no_grad():
+            x = x.movedim(-1, 1) if getattr(layer, "channel_dim", 1) == -1 else x
+            valid = None if mask is None else mask.unsqueeze(1).expand_as(x)
+            x = x if valid is None else torch.where(valid, x, 0)
+            if len(pool.shape) > 1 and x.dim() > 2:  # statistics per position
+                x, valid = x.flatten(1), None if valid is None else valid.flatten(1)
+            pool.add(moments(x, valid))
+
+    return pool.layer.register_forward_hook(look, with_kwargs=True)
