@@ -4,12 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bnlight.doctor import diagnose as diagnose
     from bnlight.lightning.sync import NormSync as NormSync
     from bnlight.population import adapt_statistics as adapt_statistics
     from bnlight.population import correct_inference as correct_inference
     from bnlight.population import pool_statistics as pool_statistics
     from bnlight.population import precise_statistics as precise_statistics
     from bnlight.population import reduce_statistics as reduce_statistics
+    from bnlight.run.load import load as load
     from bnlight.surgery import constrain_norm as constrain_norm
     from bnlight.surgery import fold_norm as fold_norm
     from bnlight.surgery import freeze_norm as freeze_norm
@@ -28,7 +30,9 @@ _HOMES = {
     "reduce_statistics": "population",
     "correct_inference": "population",
     "freeze_norm": "surgery",
+    "load": "run.load",
     "unfreeze_norm": "surgery",
+    "diagnose": "doctor",
     "fold_norm": "surgery",
     "norm_parameters": "surgery",
     "norm_penalty": "surgery",
@@ -42,8 +46,10 @@ __all__ = [
     "adapt_statistics",
     "constrain_norm",
     "correct_inference",
+    "diagnose",
     "fold_norm",
     "freeze_norm",
+    "load",
     "norm_parameters",
     "norm_penalty",
     "pool_statistics",

@@ -18,6 +18,8 @@ Which normalization should your network use, at your batch size, on your GPUs?
   bnlight train -m norm=batch,group seed=0,1,2          a sweep over norms and seeds
   bnlight sweep norms                                   a sweep from a file, then its comparison
   bnlight compare outputs/norms                         the comparison again, from the files
+  bnlight test outputs/norms data.shift.noise=0.2       its jobs on shifted test images, or on other data
+  bnlight adapt outputs/norms data.shift.noise=0.2      the same, with statistics adapted to those images
 """
 
 
@@ -25,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a job failed, 2 the command was wrong, 130 Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
-    own = {"train": train, "sweep": run_sweep, "bench": bench}  # they read their arguments themselves
+    # These read their arguments themselves.
+    own = {"train": train, "sweep": run_sweep, "bench": bench, "test": test, "adapt": adapt}
     try:
         if given and given[0] in own:
             return own[given[0]](given[1:])
@@ -54,6 +57,8 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train one job, or several with -m (Hydra's command line)")
     commands.add_parser("sweep", help="run a sweep file, then compare its jobs")
     commands.add_parser("bench", help="measure the layers against torch's (bench norm), or folding (bench fold)")
+    commands.add_parser("test", help="test finished jobs on other or shifted data (test --help)")
+    commands.add_parser("adapt", help="test them with statistics adapted to those data too (adapt --help)")
     compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
     compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
     target = "accuracy whose first step is reported (default: 0.9)"
@@ -127,6 +132,20 @@ def bench(arguments: list[str]) -> int:
     from bnlight.bench.norm import main as bench_norm
 
     return bench_norm(arguments[1:])
+
+
+def test(arguments: list[str]) -> int:
+    """`bnlight test DIR|CKPT [overrides]`: finished jobs on other data, or on shifted test images."""
+    from bnlight.run.evaluate import main as evaluate
+
+    return evaluate(arguments, adapt=False)
+
+
+def adapt(arguments: list[str]) -> int:
+    """`bnlight adapt DIR|CKPT [overrides]`: the same with the statistics of training and with adapted ones."""
+    from bnlight.run.evaluate import main as evaluate
+
+    return evaluate(arguments, adapt=True)
 
 
 def print_comparison(directory: Path, target: float = 0.9) -> int:

@@ -8,7 +8,7 @@ import pytest
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from bnlight.data import TensorData
+from bnlight.data import Shift, TensorData
 
 CONF = Path(__file__).parent.parent / "conf" / "data"
 FILES = {path.stem: path for path in CONF.glob("*.yaml")}
@@ -33,6 +33,7 @@ def test_a_data_file_names_every_argument_and_gives_the_defaults(name: str) -> N
     assert set(config) == set(expected)
     if "root" in config:
         assert config.pop("root") == "${paths.data}"
+    assert Shift(**config.pop("shift")) == Shift()
     for argument, value in config.items():
         assert value == expected[argument], argument
 

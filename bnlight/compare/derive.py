@@ -58,7 +58,7 @@ def monitor_of(configs: pd.DataFrame) -> Monitor:
     """What the jobs monitor, where they agree."""
 
     def only(key: str) -> Any:
-        values = configs[key].dropna().unique() if key in configs else ()
+        values = list(configs[key].dropna().unique()) if key in configs else []
         return values[0] if len(values) == 1 else None
 
     metric, mode = only("monitor.metric"), only("monitor.mode")

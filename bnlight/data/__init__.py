@@ -4,6 +4,7 @@ from bnlight.data.augment import CropFlip
 from bnlight.data.batches import ShuffledBatches, TensorBatches
 from bnlight.data.module import TensorData
 from bnlight.data.parts import eval_parts, train_parts
+from bnlight.data.shift import Shift
 from bnlight.data.sources import CIFAR10, MNIST, Digits, FashionMNIST
 from bnlight.data.split import split, stratified_order
 
@@ -13,6 +14,7 @@ __all__ = [
     "CropFlip",
     "Digits",
     "FashionMNIST",
+    "Shift",
     "ShuffledBatches",
     "TensorBatches",
     "TensorData",

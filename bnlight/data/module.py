@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from bnlight.data.augment import CropFlip
 from bnlight.data.batches import ShuffledBatches, TensorBatches
 from bnlight.data.parts import eval_parts, train_parts
+from bnlight.data.shift import Shift
 from bnlight.data.split import split
 
 SCALES = ("standardize", "unit", "none")
@@ -62,6 +64,8 @@ class TensorData(LightningDataModule):
             ``"unit"`` divides by ``peak``, ``"none"`` keeps the values.
         augment: crop (border of 4 pixels) and mirror the training images at random; only for data sets whose
             images keep their meaning.
+        shift: corruptions of the test images alone, the arguments of :class:`bnlight.data.Shift` such as
+            ``{"noise": 0.2}``; before scaling, on values divided by ``peak``.
         seed: of the training order and the augmentation; ``None`` takes ``torch.initial_seed()`` at the first
             :meth:`setup` (rank 0's for all ranks of a trainer), so that ``seed_everything`` decides.
 
@@ -85,6 +89,7 @@ class TensorData(LightningDataModule):
         limit: int | None = None,
         scale: str = "standardize",
         augment: bool = False,
+        shift: Mapping[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -106,6 +111,7 @@ class TensorData(LightningDataModule):
         self.limit = limit
         self.scale = scale
         self.augment = augment
+        self.shift = Shift(**(shift or {}))
         self.seed = seed
         self._device: torch.device | None = None
         self._splits: dict[str, tuple[Tensor, Tensor]] = {}
@@ -133,7 +139,7 @@ class TensorData(LightningDataModule):
         self._splits = {
             "train": (x_train.sub_(shift).mul_(factor), y[train].to(device)),
             "val": (x[val].to(device).float().sub_(shift).mul_(factor), y[val].to(device)),
-            "test": (x_test.to(device, copy=True).float().sub_(shift).mul_(factor), y_test.to(device)),
+            "test": (self._test_images(x_test, device).sub_(shift).mul_(factor), y_test.to(device)),
         }
         self._fill = (-shift * factor).flatten()
         if self.seed is None:
@@ -186,6 +192,10 @@ class TensorData(LightningDataModule):
         if dist.is_available() and dist.is_initialized():
             return {"rank": dist.get_rank(), "world_size": dist.get_world_size()}
         return {"rank": 0, "world_size": 1}
+
+    def _test_images(self, x: Tensor, device: torch.device) -> Tensor:
+        x = x.to(device, copy=True).float()
+        return self.shift(x / self.peak) * self.peak if self.shift else x
 
     def _scaling(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and factor of each channel, in x's rank: scaled = (x - shift) * factor."""

@@ -133,7 +133,7 @@ def _refuse_new_top_level_keys(overrides: list[Override], primary: Primary) -> N
     config = primary.compose([], return_hydra_config=True)
     for key in {str(key) for key in config} - known - {"hydra"}:
         raise CommandError(
-            f"{primary.name}.yaml has a key '{key}' that nothing reads.\n{_choices(key, known)}"
+            f"{primary.name}.yaml has a key '{key}' that nothing reads.\n{list_choices(key, known)}"
         )
     params = config.hydra.sweeper.get("params") or {}
     swept = _overrides([f"{key}={value}" for key, value in params.items()])
@@ -144,7 +144,7 @@ def _refuse_new_top_level_keys(overrides: list[Override], primary: Primary) -> N
         top = override.key_or_group.split(".", 1)[0].split("/", 1)[0]
         if top not in known and top != "hydra":
             raise CommandError(
-                f"'{override.input_line}' adds a key that nothing reads.\n{_choices(top, known)}"
+                f"'{override.input_line}' adds a key that nothing reads.\n{list_choices(top, known)}"
             )
 
 
@@ -171,10 +171,11 @@ def _explain(error: Exception, overrides: list[Override], primary: Primary) -> s
     if not isinstance(parent, DictConfig):
         return text
     where = f" in '{'.'.join(path[:-1])}'" if len(path) > 1 else ""
-    return f"There is no key '{path[-1]}'{where}.\n{_choices(path[-1], {str(k) for k in parent})}"
+    return f"There is no key '{path[-1]}'{where}.\n{list_choices(path[-1], {str(k) for k in parent})}"
 
 
-def _choices(wanted: str, known: set[str]) -> str:
+def list_choices(wanted: str, known: set[str]) -> str:
+    """The keys that there are, the one that was meant first."""
     close = difflib.get_close_matches(wanted, known, n=1)
     hint = f"Did you mean '{close[0]}'? " if close else ""
     return f"{hint}Keys: {', '.join(sorted(known))}."

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import (
     Config,
@@ -58,6 +59,8 @@ def build_module(config: Config, data: Any) -> pl.LightningModule:
     if replacing is None:
         available["norm"] = config["norm"]
     built = _built(complete(module, named_only=True, **available, **shapes), kind)
+    if is_overridden("configure_model", built):
+        built.configure_model()  # its layers are needed now; the Trainer will call it again, as it always may
     if not inside:
         if replacing is not None:
             replace_norms(built, **replacing)
