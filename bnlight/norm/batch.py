@@ -1,23 +1,20 @@
-"""What the layers share whose statistics come from the batch: running averages, virtual and small batches."""
+"""What the layers share whose statistics come from the batch: of virtual batches, of all ranks, of too few values."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Literal, Unpack
+from contextlib import contextmanager
+from typing import ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from bnlight.norm.base import Norm, Shared, new_statistic
-from bnlight.norm.core import Moments, Plan, WayBack, can_read_values, converted, follow, moments, snapshot
-from bnlight.norm.instances import InstanceMoments
+from bnlight.norm.averages import Observer, RunningAverages
+from bnlight.norm.base import Shared
+from bnlight.norm.core import Moments, Plan, WayBack, can_read_values, converted
 from bnlight.norm.recompute import Calls, comes_again, recomputing
 from bnlight.norm.sync import Meeting, ProcessGroup
 from bnlight.norm.virtual import VirtualBatches
 
 SmallBatch = Literal["error", "running"]
-Observer = Callable[[Moments, Tensor | None], None]
-"""Receives a training batch's moments, and which of its groups count, in place of the running averages."""
-_CORRECTION = ("example_weight", "example_var")
 
 
 class Batch(Shared, total=False):
@@ -27,7 +24,7 @@ class Batch(Shared, total=False):
     small_batch: SmallBatch
 
 
-class BatchStatistics(Norm):
+class BatchStatistics(RunningAverages):
     """Base of the layers that normalize by the batch in training and by running averages in evaluation.
 
     A subclass says what a training batch does: how it is normalized (`plan`), what the second average follows
@@ -40,23 +37,10 @@ class BatchStatistics(Norm):
 
     cancels_bias: ClassVar[bool] = True
 
-    not_in_torch: ClassVar[tuple[str, ...]] = ()
-    """Names of the state that a `torch.nn.BatchNorm*` state dict does not have."""
-
     too_few: ClassVar[int] = 1
     """The number of values per channel that do not make a batch."""
 
     track_running_stats = True
-    warm_start = False
-    """Whether the running averages are plain ones of all batches until `momentum` is the larger weight."""
-
-    _version = 2  # as torch.nn.BatchNorm: since 2 a state dict has num_batches_tracked
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    example_weight: Tensor | None
-    example_var: Tensor | None
 
     def __init__(
         self,
@@ -68,13 +52,8 @@ class BatchStatistics(Norm):
         jitter: tuple[float, float] | None = None,
         **shared: Unpack[Shared],
     ) -> None:
-        super().__init__(num_features, **shared)
+        super().__init__(num_features, momentum=momentum, **shared)
         name = type(self).__name__
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(
-                f"{name}: momentum must be in [0, 1] or None, got {momentum}. It is the weight of the new "
-                "batch, as in torch; a Keras momentum m is 1 - m here"
-            )
         if virtual_batch_size is not None and virtual_batch_size < 1:
             raise ValueError(
                 f"{name}: virtual_batch_size must be at least 1 or None, got {virtual_batch_size}"
@@ -83,22 +62,11 @@ class BatchStatistics(Norm):
             raise ValueError(f"{name}: small_batch must be 'error' or 'running', got {small_batch!r}")
         if jitter is not None and (len(jitter) != 2 or min(jitter) < 0):
             raise ValueError(f"{name}: jitter must be None or (scale, shift), neither negative, got {jitter}")
-        self.momentum = momentum
         self.virtual_batch_size = virtual_batch_size
         self.small_batch = small_batch
         self.jitter = jitter
-        self.observer: Observer | None = None
         self.meeting = Meeting()
         self._calls = Calls()
-        buffers = {
-            "running_mean": new_statistic(0, (num_features,), shared),
-            "running_var": new_statistic(1, (num_features,), shared),
-            "num_batches_tracked": torch.zeros((), device=shared.get("device"), dtype=torch.long),
-        }
-        for key, buffer in buffers.items():
-            self.register_buffer(key, buffer)
-        for key in _CORRECTION:  # set by bnlight.correct_inference
-            self.register_buffer(key, None)
 
     @property
     def process_group(self) -> ProcessGroup:
@@ -116,30 +84,6 @@ class BatchStatistics(Norm):
     def row_length(self) -> int:
         """How many numbers the layer sends to the other ranks at once."""
         return 1 + 3 * self.num_features
-
-    def reset_parameters(self) -> None:
-        """Set weight and bias to their initial values, and forget all batches."""
-        super().reset_parameters()
-        if "running_mean" in self._buffers:
-            self.reset_running_stats()
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As every module's; torch.export loses count if a buffer comes after one that is None."""
-        super().register_buffer(name, tensor, persistent)
-        for key in _CORRECTION:
-            if self._buffers.get(key, self) is None:
-                self._buffers[key] = self._buffers.pop(key)
-
-    def reset_running_stats(self) -> None:
-        """Set the running mean to 0, the running variance to 1 and the number of batches to 0."""
-        if (
-            self.running_mean is not None
-            and self.running_var is not None
-            and self.num_batches_tracked is not None
-        ):
-            self.running_mean.zero_()
-            self.running_var.fill_(1)
-            self.num_batches_tracked.zero_()
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
         return self.normalize_batch(x, valid, *self.full_affine(x))
@@ -181,13 +125,6 @@ class BatchStatistics(Norm):
         less = number.clamp(min=2) - 1 if isinstance(number, Tensor) else max(number - 1, 1)
         return batch.var * (number / less)
 
-    def update(self, mean: Tensor, spread: Tensor, rate: float | Tensor) -> None:
-        """Move the running averages one step towards `mean` and `spread`, in place."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        follow(self.running_mean, mean, rate)
-        follow(self.running_var, spread, rate)
-
     def follow_batch(self, batch: Moments, used: Tensor | None) -> None:
         """Move the running averages one step towards the mean of the groups, of all ranks."""
         if self.follows(batch, used):
@@ -195,7 +132,7 @@ class BatchStatistics(Norm):
 
     def follows(self, batch: Moments, used: Tensor | None) -> bool:
         """Whether the running averages move; an observer sees the batch in their place."""
-        if not self.training or self.running_mean is None:
+        if not self.training or self._buffers["running_mean"] is None:
             return False
         if self.observer is not None:
             self.observer(batch, used)
@@ -206,8 +143,9 @@ class BatchStatistics(Norm):
         self, batch: Moments, spread: Tensor, used: Tensor | None
     ) -> tuple[Tensor, Tensor, float | Tensor]:
         """Where the running averages move to, the mean of the groups, and at what rate."""
-        assert self.running_mean is not None
-        kind, rate = self.running_mean.dtype, self.rate()
+        running_mean, rate = self.running_mean, self.rate()
+        assert running_mean is not None
+        kind = running_mean.dtype
         targets = [batch.mean, spread]
         if used is None and batch.mean.dim() > 1:
             targets = [target.mean(0) for target in targets]
@@ -223,30 +161,6 @@ class BatchStatistics(Norm):
             rate = self.rate() * (total > 0).to(kind)
         return converted(targets[0], kind), converted(targets[1], kind), rate
 
-    def counts_batches(self) -> bool:
-        """Whether the weight of a batch depends on how many came before."""
-        return self.momentum is None or self.warm_start
-
-    def rate(self) -> float | Tensor:
-        """Weight of this batch in the running averages."""
-        if not self.counts_batches() or (tracked := self.num_batches_tracked) is None:
-            return self.momentum or 0.0
-        if not can_read_values() or tracked.device.type != "cpu":
-            kind = torch.float32 if self.running_mean is None else self.running_mean.dtype
-            return tracked.clamp(min=1).to(kind).reciprocal().clamp(min=self.momentum or 0.0)
-        return max(1 / max(1, int(tracked)), self.momentum or 0.0)
-
-    def running_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Running mean and variance in the dtype of the statistics `like`, 0 and 1 where the layer has none."""
-        mean, var = self.running_mean, self.running_var
-        if mean is None or var is None:
-            mean = torch.zeros(self.num_features, device=like.device, dtype=like.dtype)
-            return mean, torch.ones_like(mean)
-        mean, var = converted(mean, like.dtype), converted(var, like.dtype)
-        if self.training and torch.compiler.is_compiling():
-            return snapshot(mean), snapshot(var)
-        return mean, var
-
     def way_back(self, plan: Plan) -> WayBack | None:
         """How the gradients of mean and variance reach the values where the batch is not the whole of them."""
         together = self.virtual_batch_size is None and self.ranks() > 1
@@ -256,65 +170,31 @@ class BatchStatistics(Norm):
         dmean, dvar = self.meeting.sum(dmean, dvar)
         return dmean, dvar
 
-    def evaluation_statistics(self, samples: InstanceMoments) -> tuple[Tensor, Tensor]:
-        """The running averages, `(C,)`, or, corrected, the mean and variance of each sample's own, `(N, C)`."""
-        mean, var = self.running_statistics(samples.mean)
-        weight, example_var = self.example_weight, self.example_var
-        if self.training:  # the next batch may move the averages before this one's backward reads them
-            return mean.clone(), var.clone()
-        if weight is None or example_var is None:
-            return mean, var
-        if self.observer is not None:
-            seen = None if samples.valid is None else (samples.number > 0).expand_as(samples.mean)
-            self.observer(moments(samples.mean, seen), None)
-        weight, example_var = converted(weight, mean.dtype), converted(example_var, mean.dtype)
-        deviation = samples.mean - mean
-        between = (1 - weight) * (deviation.square() - example_var)
-        return mean + weight * deviation, (var + weight * (samples.var - var + between)).clamp(min=0)
-
-    def by_running_statistics(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        """Normalize by the running averages, in evaluation by the corrected ones if there are such."""
-        if self.example_weight is not None and not self.training:
-            samples = InstanceMoments(x, valid)
-            return samples.normalize(*self.evaluation_statistics(samples), weight, bias, self.eps)
-        mean, var = self.running_statistics(weight)
-        if self.training:  # the next batch may move the averages before this one's backward reads them
-            mean, var = mean.clone(), var.clone()
-        return torch.batch_norm(
-            x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled
-        )
-
     def by_batch_statistics(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         """Normalize each virtual batch by its own statistics."""
         batches = self.virtual_batches(x, valid)
-        with torch.no_grad():
-            local = batches.moments()
-        plan = self.plan_for(x, local)
+        plan = self.plan_for(x, batches.moments)
         return batches.normalize(weight, bias, plan, self.eps, self.way_back(plan))
 
     def virtual_batches(self, x: Tensor, valid: Tensor | None) -> VirtualBatches:
         """The groups of the batch that have statistics of their own."""
         return VirtualBatches(x, valid, self._groups(x)[0])
 
-    def plan_for(self, x: Tensor, local: Moments) -> Plan:
-        """How to normalize the batch `x` with these moments on this rank; the averages move if it is new."""
-        again, keep = recomputing(), comes_again()
+    def plan_for(self, x: Tensor, moments_on_this_rank: Callable[[], Moments]) -> Plan:
+        """How to normalize the batch `x` that has these moments; the averages move if it is new."""
+        keep = comes_again()
         with torch.no_grad():
-            jitter = self._draw_jitter(
-                local.mean
-            )  # again with the batch, or later random numbers would differ
-            plan = self._calls.recall(local) if again else None
-            if plan is not None:
+            local = moments_on_this_rank()
+            if not recomputing():
+                plan = self._jittered(self._new_plan(x, local))
+                if keep:
+                    self._calls.remember(local, plan)
                 return plan
-            with self._observed_by(_ignore) if again else nullcontext():  # no backward moves the averages
-                plan = self._new_plan(x, local)
-            if jitter is not None:
-                scale, shift = jitter
-                r, d = plan.correction or (torch.ones_like(scale), torch.zeros_like(shift))
-                plan = plan._replace(correction=(r * (1 + scale), d * (1 + scale) + shift))
-        if keep and not again:
-            self._calls.remember(local, plan)
-        return plan
+            known = self._calls.recall(local)
+            with self._observed_by(_ignore):  # no backward moves the averages
+                # Known or not, it draws its random numbers again, or later ones would differ.
+                plan = self._jittered(known or self._new_plan(x, local))
+            return known or plan
 
     @contextmanager
     def _observed_by(self, observer: Observer) -> Iterator[None]:
@@ -324,11 +204,12 @@ class BatchStatistics(Norm):
         finally:
             self.observer = before
 
-    def _draw_jitter(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _jittered(self, plan: Plan) -> Plan:
         if self.jitter is None or not self.training:
-            return None
-        scale, shift = (torch.empty_like(like).uniform_(-width, width) for width in self.jitter)
-        return scale, shift
+            return plan
+        scale, shift = (torch.empty_like(plan.mean).uniform_(-width, width) for width in self.jitter)
+        r, d = plan.correction or (torch.ones_like(scale), torch.zeros_like(shift))
+        return plan._replace(correction=(r * (1 + scale), d * (1 + scale) + shift))
 
     def _new_plan(self, x: Tensor, local: Moments) -> Plan:
         together = self.virtual_batch_size is None and self.ranks() > 1
@@ -350,11 +231,6 @@ class BatchStatistics(Norm):
         self._count_batch(1 if isinstance(number, int) else (number != 1).any())
         plan = self.step(batch, used)
         return plan if share is None else plan._replace(share=share)
-
-    def _count_batch(self, number: Tensor | int) -> None:
-        tracked = self.num_batches_tracked if self.training else None
-        if tracked is not None and self.observer is None:
-            tracked.add_(number)
 
     def _uses_batch(self) -> bool:
         return self.training or not self.track_running_stats
@@ -378,30 +254,6 @@ class BatchStatistics(Norm):
                 "a larger batch, drop_last=True in the DataLoader, small_batch='running', or a norm without "
                 "batch statistics such as LayerNorm or GroupNorm"
             )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for name in _CORRECTION:
-            saved = state_dict.get(prefix + name)
-            if isinstance(saved, Tensor) and self.running_mean is not None:
-                setattr(self, name, self.running_mean.new_empty(saved.shape))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        optional = [{prefix + name for name in names} for names in (self.not_in_torch, _CORRECTION)]
-        if (local_metadata.get("version") or 1) < 2:
-            optional.append({prefix + "num_batches_tracked"})
-        for keys in optional:
-            if keys <= set(missing_keys):
-                missing_keys[:] = [key for key in missing_keys if key not in keys]
 
 
 def _ignore(batch: Moments, used: Tensor | None) -> None:

@@ -139,7 +139,7 @@ def _mean_var(x: Tensor) -> tuple[Tensor, Tensor]:
             return mean, var
     if x.device.type in ("cpu", "cuda") and can_read_values():
         # Without full-precision averages to update, the kernel would return bf16 statistics for bf16 input.
-        unused = torch.empty(x.size(1), dtype=dtype, device=x.device)
+        unused = None if x.dtype == dtype else torch.empty(x.size(1), dtype=dtype, device=x.device)
         mean, var = _update_stats(x, unused, unused, 0.0)
         return mean, var
     axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -215,41 +215,12 @@ def through_statistics(
     way_back: WayBack | None,
 ) -> tuple[Tensor, Tensor]:
     """Slope and shift of what a value receives because it moves the statistics, `(x - mean) * slope + shift`."""
-    dmean, dvar = (scale * dbias).neg(), scale * invstd * dweight * -0.5
+    less = scale.neg()
+    dmean, dvar = less * dbias, less * invstd * dweight  # so far twice the gradient of the variance
     if way_back is not None:
-        dmean, dvar = way_back(dmean, dvar)
-    return 2 * share * dvar, share * dmean
-
-
-def gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    share: Tensor | None,
-    eps: float,
-    way_back: WayBack | None,
-    needed: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, if needed, and of the corrected weight and bias; all vectors are `(C,)`."""
-    invstd = (var + eps).rsqrt_()
-    if share is None:
-        return _backward(dy, x, weight, None, None, mean, invstd, True, eps, [needed, True, True])  # type: ignore[no-any-return]
-    if x.numel() == 0:
-        dx, dweight, dbias = dy.clone(), torch.zeros_like(mean), torch.zeros_like(mean)
-    else:
-        every = [True, True, True]
-        dx, dweight, dbias = _backward(dy, x, weight, mean, var, mean, invstd, False, eps, every)
-    # So far the statistics were constants. One more elementwise pass adds their part.
-    slope, shift = through_statistics(weight * invstd, invstd, share, dweight, dbias, way_back)
-    dx += normalized(x, slope / invstd, shift, mean, var, eps)
-    return dx, dweight, dbias
-
-
-def _apart(x: Tensor, mean: Tensor) -> Tensor:
-    """A view of contiguous `x` in which each group's channels are channels, as in `mean`, `(K * C,)`."""
-    return x.reshape(-1, mean.size(0), *x.shape[2:])
+        dmean, dvar = way_back(dmean, dvar / 2)
+        dvar = dvar + dvar
+    return share * dvar, share * dmean
 
 
 class _Normalize(torch.autograd.Function):
@@ -261,52 +232,51 @@ class _Normalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        share: Tensor | None,
-        r: Tensor | None,
-        d: Tensor | None,
+        plan: Plan,
         eps: float,
         way_back: WayBack | None,
     ) -> Tensor:
-        ctx.shape = mean.shape
-        weight, bias, mean, var, share = _of_rows(weight, bias, mean, var, share, r, d)
+        ctx.shape = plan.mean.shape
+        weight, bias, mean, var, share, r, d = _of_rows(weight, bias, plan)
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
         ctx.eps, ctx.way_back = eps, way_back
-        if x.size(1) == mean.size(0):
-            return normalized(x, weight, bias, mean, var, eps)
-        return normalized(_apart(x, mean), weight, bias, mean, var, eps).reshape(x.shape)
+        return normalized(x, weight, bias, mean, var, eps)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, share, r, d = ctx.saved_tensors
-        eps, shape, dy = ctx.eps, x.shape, keep_layout(dy, x)
-        if x.size(1) != mean.size(0):
-            x, dy = _apart(x, mean), _apart(dy, mean)
-        needed = ctx.needs_input_grad[0]
-        dx, dweight, dbias = gradients(dy, x, weight, mean, var, share, eps, ctx.way_back, needed)
+        dy, eps = keep_layout(dy, x), ctx.eps
+        invstd = (var + eps).rsqrt_()
+        if share is None:
+            needed = [ctx.needs_input_grad[0], True, True]
+            dx, dweight, dbias = _backward(dy, x, weight, None, None, mean, invstd, True, eps, needed)
+        else:
+            # As if the statistics were constants, and one more elementwise pass for their part.
+            scale, exact = weight * invstd, x.dtype == mean.dtype
+            if x.numel() == 0:
+                dx, dweight, dbias = dy, torch.zeros_like(mean), torch.zeros_like(mean)
+            else:
+                needed = [not exact, True, True]
+                dx, dweight, dbias = _backward(dy, x, weight, mean, var, mean, invstd, False, eps, needed)
+            slope, shift = through_statistics(scale, invstd, share, dweight, dbias, ctx.way_back)
+            part = normalized(x, slope / invstd, shift, mean, var, eps)
+            dx = torch.addcmul(part, dy, per_channel(scale, dy)) if exact else dx + part
         if len(ctx.shape) > 1:
             dweight, dbias = dweight.view(ctx.shape), dbias.view(ctx.shape)
-            dx = None if dx is None else dx.reshape(shape)
-        return dx, *uncorrected(dweight, dbias, r, d), *[None] * 7
+        return dx, *uncorrected(dweight, dbias, r, d), None, None, None
 
 
-def _of_rows(
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    share: Tensor | None,
-    r: Tensor | None,
-    d: Tensor | None,
-) -> tuple[Any, ...]:
-    """Corrected weight and bias, mean, var and share as the kernels take them: `(K * C,)` for K groups."""
+def _of_rows(weight: Tensor, bias: Tensor, plan: Plan) -> tuple[Any, ...]:
+    """Corrected weight and bias, mean, var and share as the kernels take them, `(K * C,)` for K groups; r and d."""
+    mean, var, share, correction = plan
+    r, d = correction or (None, None)
     weight, bias = corrected(weight, bias, r, d)
     if mean.dim() == 1:
-        return weight, bias, mean, var, share
-    vectors = (weight, bias, mean, var, share)
-    return tuple(None if v is None else v.expand_as(mean).reshape(-1) for v in vectors)
+        return weight, bias, mean, var, share, r, d
+    weight, bias = weight.expand(mean.shape).reshape(-1), bias.expand(mean.shape).reshape(-1)
+    share = None if share is None else share.expand(mean.shape).reshape(-1)
+    return weight, bias, mean.reshape(-1), var.reshape(-1), share, r, d
 
 
 class _Transformable(_Normalize):
@@ -320,10 +290,9 @@ class _Transformable(_Normalize):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, *vectors, ctx.eps, ctx.way_back = inputs
-        _, _, mean, _, _, r, d = vectors
-        ctx.shape = mean.shape
-        weight, _, mean, var, share = _of_rows(*vectors)
+        x, weight, bias, plan, ctx.eps, ctx.way_back = inputs
+        ctx.shape = plan.mean.shape
+        weight, _, mean, var, share, r, d = _of_rows(weight, bias, plan)
         ctx.save_for_backward(x, weight, mean, var, share, r, d)
 
 
@@ -338,11 +307,8 @@ def normalize(
 
     The gradient of `x` includes its way through the statistics, by `way_back` where they are not this
     batch's alone (only with a `share`). First order only. All per-channel tensors have the statistics' dtype;
-    a plan `(K, C)` is one for K groups of C channels in `x`, which share weight and bias.
+    a plan `(K, C)` is one for K groups of C channels, K * C in `x`, which share weight and bias.
     """
-    mean, var, share, correction = plan
     function = _Transformable if transforming() else _Normalize
-    y: Tensor = function.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, mean, var, share, *(correction or (None, None)), eps, way_back
-    )
+    y: Tensor = function.apply(x, weight, bias, plan, eps, way_back)  # type: ignore[no-untyped-call]
     return y

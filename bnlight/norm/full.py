@@ -68,19 +68,23 @@ class FullNorm(BatchStatistics):
     def step(self, batch: Moments, used: Tensor | None) -> Plan:
         self.follow_batch(batch, used)
         mean, var = self.running_statistics(batch.mean)
-        number = batch.number if isinstance(batch.number, Tensor) else torch.full_like(mean[0], batch.number)
-        return Plan(mean.clone(), var.clone(), share=1 / number.clamp(min=1))
+        if isinstance(number := batch.number, Tensor):
+            share = 1 / number.clamp(min=1)
+        else:
+            share = mean.new_full((), 1 / max(1, number))
+        return Plan(mean.clone(), var.clone(), share)
 
     def spread(self, batch: Moments) -> Tensor:
         return batch.var
 
     def update(self, mean: Tensor, spread: Tensor, rate: float | Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
+        running_mean, running_var = self.running_mean, self.running_var
+        assert running_mean is not None
+        assert running_var is not None
+        before = mean - running_mean
+        follow(running_mean, mean, rate)
         # The average of x**2, less the square of the new mean, without a difference of large numbers.
-        between = (mean - self.running_mean).square() * (1 - rate)
-        follow(self.running_var, spread + between, rate)
-        follow(self.running_mean, mean, rate)
+        follow(running_var, torch.addcmul(spread, before, mean - running_mean), rate)
 
     def way_back(self, plan: Plan) -> WayBack:
         if transforming():
@@ -104,10 +108,9 @@ def _follow_gradients(
 ) -> tuple[Tensor, Tensor]:
     if over_ranks is not None:
         dmean, dvar = over_ranks(dmean, dvar)
-    kind = dmean.dtype
+    kind, finite = dmean.dtype, (dmean + dvar).isfinite()
     for average, gradient in zip(averages, (dmean, dvar), strict=True):
         # A loss scale that overflows must not stay in the averages.
-        gradient = torch.where(gradient.isfinite(), converted(gradient, average.dtype), average)
-        follow(average, gradient, rate)
+        follow(average, torch.where(finite, converted(gradient, average.dtype), average), rate)
     mean_grad, var_grad = map(snapshot, averages) if torch.compiler.is_compiling() else averages
-    return mean_grad.to(kind), var_grad.to(kind)
+    return converted(mean_grad, kind), converted(var_grad, kind)

@@ -1,13 +1,16 @@
 """Batch renormalization."""
 
-from typing import ClassVar, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bnlight.norm.base import new_statistic
 from bnlight.norm.batch import Batch, BatchStatistics
 from bnlight.norm.core import Moments, Plan, converted, follow
+
+_STATE = ("r_max", "d_max", "running_mean", "running_var")
 
 
 class BatchRenorm(BatchStatistics):
@@ -83,19 +86,17 @@ class BatchRenorm(BatchStatistics):
             self.d_max.fill_(self.first_bounds[1])
 
     def step(self, batch: Moments, used: Tensor | None) -> Plan:
-        running_mean, running_var = self.running_mean, self.running_var
-        assert running_mean is not None
-        assert running_var is not None
+        state: dict[str, Any] = self._buffers
+        r_max, d_max, running_mean, running_var = (state[name] for name in _STATE)
         kind, eps = batch.mean.dtype, self.eps
         mean, var = self.running_statistics(running_mean)
         std, running_std = (batch.var + eps).sqrt_(), (var + eps).sqrt_()
-        r_max, d_max = self.r_max, self.d_max
         r_min = r_max.reciprocal() if self.r_min is None else torch.full_like(r_max, self.r_min)
         r = converted((std / running_std).clamp(r_min, r_max), kind)
-        d = converted(((batch.mean - mean) / running_std).clamp(-d_max, d_max), kind)
+        d = converted((batch.mean - mean).div_(running_std).clamp(-d_max, d_max), kind)
         if self.follows(batch, used):
             mean, std, rate = self.target(batch, std, used)
             follow(running_mean, mean, rate)
             follow(running_std, std, rate)
-            running_var.copy_((running_std * running_std - eps).clamp(min=0))
+            running_var.copy_(F.softshrink(running_std * running_std, eps))  # less eps, and not below 0
         return Plan(batch.mean, batch.var, correction=(r, d))
