@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bnlight.lightning.build import any_target
-from bnlight.run import identity, searchpath
+from bnlight.run import identity, launchers, searchpath
 from bnlight.run.job import CommandError, run_job
 
 # Hydra 1.3 warns without a version base, 1.4 with one.
@@ -36,6 +36,7 @@ def run_hydra(arguments: list[str], config_name: str, folder: Path | None = None
     """
     identity.register()
     searchpath.register()
+    launchers.register()
     named, arguments = _take(arguments, "--config-name", "-cn")
     where, arguments = _take(arguments, "--config-dir", "-cd")
     primary = Primary(named or config_name, Path(where) if where else folder)

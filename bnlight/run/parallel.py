@@ -1,0 +1,191 @@
+"""Several jobs at a time on this machine: `hydra/launcher=parallel` and `hydra/launcher=ray_local`."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+
+from bnlight.run.devices import visible_devices
+from bnlight.run.launchers import BnlightLauncher, Job, environment, not_done
+from bnlight.run.processes import PARENT, WrongDevices, die_with_parent, processes_of
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 130  # exit code of a job's process that a signal has stopped in order
+
+
+class Parallel(BnlightLauncher):
+    """`n_jobs` jobs at a time, counted as joblib counts (-1: one per core); each in a process of its own.
+
+    The processes are forked from one that has imported torch and done nothing else, so imports are paid once.
+    joblib's own worker pool is not used: when one of its workers dies it ends all the others.
+    """
+
+    needs = "cloudpickle"  # joblib itself comes with scikit-learn
+
+    def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
+        import joblib
+
+        number = self._at_a_time(joblib.effective_n_jobs)
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(["bnlight.run.train", "bnlight.run.launchers"])
+        live: dict[int, int] = {}  # process id by job number
+        with threads_for(number), passing_on(lambda: list(live.values())) as stopped:
+            runs = joblib.Parallel(n_jobs=number, backend="threading", batch_size=1, **self._rest())(
+                joblib.delayed(self._one)(job, forks, live, stopped) for job in jobs
+            )
+        if stopped and stopped[0] in PASSED_ON:
+            raise KeyboardInterrupt
+        return dict(zip([job.number for job in jobs], runs, strict=True))
+
+    def _at_a_time(self, count: Callable[[int], int]) -> int:
+        """`n_jobs`; null: as many as find a GPU, and without GPUs one per core."""
+        if self.options["n_jobs"] is not None:
+            return count(int(self.options["n_jobs"]))
+        trainer, share = self.config.trainer, self.config.get("share_devices", 1) or 1
+        gpus = len(visible_devices(str(trainer.get("accelerator", "auto"))))
+        with contextlib.suppress(WrongDevices):  # each job will say so
+            return max(1, gpus * share // processes_of(trainer)) if gpus else count(-1)
+        return 1
+
+    def _rest(self) -> dict[str, Any]:
+        return {name: option for name, option in self.options.items() if name != "n_jobs"}
+
+    def _one(self, job: Job, forks: Any, live: dict[int, int], stopped: list[int]) -> JobReturn:
+        """Run one job to its end in a process of its own."""
+        import cloudpickle
+
+        if stopped:
+            return not_done(job, "not started")
+        here, there = forks.Pipe(duplex=False)
+        what = cloudpickle.dumps((Path.cwd(), dict(os.environ), job))
+        process = forks.Process(target=_in_child, args=(what, there), name="bnlight job")
+        process.start()
+        there.close()
+        live[job.number] = process.pid
+        if stopped:  # while it was started
+            os.kill(process.pid, stopped[0])
+        wait([here, process.sentinel])
+        returned = None
+        with contextlib.suppress(EOFError):
+            returned = cloudpickle.loads(here.recv_bytes()) if here.poll() else None
+        process.join()
+        del live[job.number]
+        if returned is None and (stopped or process.exitcode == STOPPED):
+            returned = not_done(job, "stopped")
+        elif returned is None:
+            returned = self.failed(job, how_it_ended(process.exitcode))
+        if self.stops_after(returned):
+            stopped.append(0)
+        return returned
+
+
+class RayLocal(BnlightLauncher):
+    """Jobs as tasks of ray on this machine (or of the cluster `ray.address` names); ray decides how many at a time."""
+
+    needs = "ray"
+
+    def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
+        import ray
+
+        returns: dict[int, JobReturn] = {}
+        # The leases say which GPU a job has, and ray leaves the environment alone.
+        with environment(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"):
+            ray.init(**self.options["init"])
+        try:
+            call = ray.remote(_in_ray).options(max_retries=0, **self.options["remote"])
+            tasks = {call.remote(job): job for job in jobs}
+            while tasks:
+                (done,), _ = ray.wait(list(tasks), num_returns=1)
+                job = tasks.pop(done)
+                try:
+                    returns[job.number] = ray.get(done)
+                except ray.exceptions.RayError as error:
+                    what = str(error).strip().splitlines()[0]
+                    returns[job.number] = self.failed(job, f"the job's process ended: {what}")
+                if self.stops_after(returns[job.number]):
+                    for task, left in tasks.items():
+                        ray.cancel(task)
+                        returns[left.number] = not_done(left, "not started")
+                    break
+        finally:
+            ray.shutdown()
+        return returns
+
+
+def _in_ray(job: Job) -> JobReturn:
+    return job()
+
+
+def _in_child(pickled: bytes, answer: Connection) -> None:
+    """The process of one job: answers with its return, or leaves with STOPPED."""
+    import cloudpickle
+
+    os.environ[PARENT] = str(os.getppid())
+    die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(STOPPED)
+    try:
+        folder, variables, job = cloudpickle.loads(pickled)
+        os.chdir(folder)
+        os.environ.clear()  # the process this one was forked from has those of its own start
+        os.environ.update(variables)
+        returned = job()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        sys.exit(STOPPED)
+    answer.send_bytes(cloudpickle.dumps(returned))
+    answer.close()
+
+
+def how_it_ended(code: int | None) -> str:
+    """In words, how a process ended that left no result."""
+    if code is not None and code < 0:
+        why = " (probably out of memory)" if -code == signal.SIGKILL else ""
+        return f"the job's process was ended by {signal.Signals(-code).name}{why}"
+    return f"the job's process left with exit code {code}"
+
+
+@contextlib.contextmanager
+def threads_for(jobs: int) -> Iterator[None]:
+    """Each of `jobs` processes that start in the block uses its share of the cores, unless the user has said."""
+    share = str(max(1, (os.cpu_count() or 1) // jobs))
+    with environment(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", share)):
+        yield
+
+
+@contextlib.contextmanager
+def passing_on(processes: Callable[[], list[int]]) -> Iterator[list[int]]:
+    """Pass stopping signals on to the jobs' processes, and go on waiting for them; a second Ctrl-C does not wait.
+
+    Yields a list that holds the signals that came.
+    """
+    came: list[int] = []
+
+    def pass_on(signum: int, _: Any) -> None:
+        came.append(signum)
+        for process in processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signum)
+        if came.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {signum: signal.signal(signum, pass_on) for signum in PASSED_ON}
+    try:
+        yield came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

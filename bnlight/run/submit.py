@@ -1,0 +1,236 @@
+"""Jobs given to submitit: `hydra/launcher=slurm`, and `hydra/launcher=local`, which does the same on this machine.
+
+The launching process submits, tells when jobs end, and compares them at last. It keeps nothing that the jobs'
+directories do not have: if it dies, the jobs go on, and the same command later picks up what they left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from omegaconf import DictConfig
+
+from bnlight.run.job import CommandError
+from bnlight.run.launchers import BnlightLauncher, Job, environment, not_done
+from bnlight.run.parallel import how_it_ended, passing_on, threads_for
+from bnlight.run.processes import WrongDevices, processes_of
+from bnlight.run.status import read_status
+
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_QUEUE_LOOKS = 10.0  # squeue asks the cluster's controller
+SECONDS_FOR_FILES = 20.0  # a result may show up on a shared file system after its job has left the queue
+UNKNOWN = "no longer known to SLURM"
+ENDED: tuple[str, ...] = (
+    UNKNOWN,
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+)
+ENDED += ("DEADLINE", "REVOKED", "LAUNCH_FAILED")  # if SLURM queues such a job again, its state says so soon
+
+
+class _Submitit(BnlightLauncher):
+    needs = "submitit"
+    cluster = ""
+
+    def launch(self, job_overrides: Any, initial_job_idx: int) -> list[JobReturn]:
+        self._check_tasks(job_overrides)
+        return super().launch(job_overrides, initial_job_idx)
+
+    def executor(self) -> Any:
+        """submitit's, with the preset's keys, which are those of Hydra's own submitit launcher."""
+        import submitit
+
+        known = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name")
+        options = {name: value for name, value in self.options.items() if value is not None}
+        folder, timeouts = options.pop("submitit_folder"), options.pop("max_num_timeout", None)
+        first = {} if timeouts is None else {f"{self.cluster}_max_num_timeout": timeouts}
+        executor = submitit.AutoExecutor(cluster=self.cluster, folder=folder, **first)
+        executor.update_parameters(
+            **{
+                name if name in (*known, "stderr_to_stdout") else f"{self.cluster}_{name}": value
+                for name, value in options.items()
+            }
+        )
+        return executor
+
+    def collect(self, job: Job, task: Any, ended: str) -> JobReturn:
+        """What a job that has left the queue returned: from its result, or from how it ended."""
+        try:
+            kind, result = pickle.loads(task.paths.result_pickle.read_bytes())
+        except (FileNotFoundError, EOFError):
+            kind, result = "none", ""
+        if kind == "success" and isinstance(result, JobReturn):
+            self._tell(job, result)
+            return result
+        state = read_status(job.directory()).get("state")
+        if state == "preempted":
+            print(f"{job.label} {job.directory().name}: preempted; the same command continues it", flush=True)
+            return not_done(job, "preempted")
+        last = str(result).strip().splitlines()[-1:] if kind == "error" else []
+        return self.failed(job, f"{'; '.join([ended, *last])}; see {task.paths.stderr}")
+
+    def _tell(self, job: Job, returned: JobReturn) -> None:
+        """One line of the job's own about how it ended."""
+        assert returned.hydra_cfg is not None
+        directory = Path(returned.hydra_cfg.hydra.runtime.output_dir)
+        status = read_status(directory)
+        what = f": {status['error'].splitlines()[0]}" if status.get("error") else ""
+        print(f"{job.label} {directory.name}: {status.get('state', 'not started')}{what}", flush=True)
+
+    def _check_tasks(self, job_overrides: Any) -> None:
+        """One task per job, which starts the ranks itself, or one per rank: else no job need wait in a queue."""
+        tasks, nodes = int(self.options.get("tasks_per_node") or 1), int(self.options.get("nodes") or 1)
+        for overrides in {
+            tuple(o for o in line if "trainer" in o.split("=")[0]): line for line in job_overrides
+        }.values():
+            config: DictConfig = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            wanted_nodes = int(config.trainer.get("num_nodes") or 1)
+            try:
+                devices = processes_of(config.trainer)
+            except WrongDevices:
+                continue  # the job says so
+            if (tasks, nodes) == (1, 1) == (1, wanted_nodes) or (tasks, nodes) == (devices, wanted_nodes):
+                continue
+            raise CommandError(
+                f"hydra.launcher.tasks_per_node={tasks} and nodes={nodes} start {tasks * nodes} tasks, but "
+                f"trainer.devices={devices} x trainer.num_nodes={wanted_nodes} wants {devices * wanted_nodes} ranks: "
+                + ("set tasks_per_node=1, and the task starts them, or " if wanted_nodes == 1 else "set ")
+                + f"tasks_per_node={devices} nodes={wanted_nodes}"
+            )
+
+
+class Local(_Submitit):
+    """Jobs as submitit runs them without a cluster: processes that outlive this one, `array_parallelism` at a time."""
+
+    cluster = "local"
+
+    def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
+        at_a_time = int(self.options.pop("array_parallelism"))
+        executor, waiting, returns = self.executor(), list(jobs), {}
+        running: dict[Any, Job] = {}
+        with threads_for(at_a_time), passing_on(lambda: [task._process.pid for task in running]) as stopped:
+            while running or (waiting and not stopped):
+                while waiting and len(running) < at_a_time and not stopped:
+                    job = waiting.pop(0)
+                    running[executor.submit(job)] = job
+                for task in [task for task in running if task._process.poll() is not None]:
+                    job = running.pop(task)
+                    ended = how_it_ended(task._process.returncode)
+                    returns[job.number] = (
+                        not_done(job, "stopped") if stopped else self.collect(job, task, ended)
+                    )
+                    if self.stops_after(returns[job.number]):
+                        stopped.append(0)
+                        returns |= {left.number: not_done(left, "not started") for left in waiting}
+                time.sleep(SECONDS_BETWEEN_LOOKS / 10)
+        if len(returns) < len(jobs):
+            raise KeyboardInterrupt
+        return returns
+
+
+class Slurm(_Submitit):
+    """Jobs of SLURM, several of them as one job array."""
+
+    cluster = "slurm"
+
+    def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
+        with _outside():
+            submitted = self.executor().map_array(_call, jobs)
+        tasks = {task.job_id: task for task in submitted}
+        left = dict(zip(tasks, jobs, strict=True))
+        folder = next(iter(tasks.values())).paths.folder.parent
+        print(
+            f"{len(jobs)} jobs given to SLURM ({', '.join(_arrays(tasks))}); what they print is in {folder}",
+            flush=True,
+        )
+        returns: dict[int, JobReturn] = {}
+        gone: dict[str, float] = {}  # since when a job is not in the queue any more
+        looked, states = float("-inf"), dict.fromkeys(tasks, "PENDING")
+        try:
+            while left:
+                if time.monotonic() - looked > SECONDS_BETWEEN_QUEUE_LOOKS:
+                    looked, states = time.monotonic(), queue(_arrays(tasks)) or states
+                for name, job in list(left.items()):
+                    state = states.get(name, UNKNOWN)
+                    if state in ENDED:
+                        gone.setdefault(name, time.monotonic())
+                    else:
+                        gone.pop(name, None)
+                    late = time.monotonic() - gone.get(name, time.monotonic()) > SECONDS_FOR_FILES
+                    if tasks[name].paths.result_pickle.exists() or late:
+                        returns[job.number] = self.collect(
+                            job, tasks[name], f"SLURM job {name} ended: {state}"
+                        )
+                        del left[name]
+                        if self.stops_after(returns[job.number]):
+                            _cancel(left)
+                            returns |= {job.number: not_done(job, "cancelled") for job in left.values()}
+                            return returns
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        except KeyboardInterrupt:
+            print(f"\nCancelling {len(left)} SLURM jobs; those that run leave a checkpoint first", flush=True)
+            _cancel(left)
+            raise
+        return returns
+
+
+def _call(job: Job) -> JobReturn:
+    return job()
+
+
+def queue(arrays: list[str]) -> dict[str, str]:
+    """The state of each job and array task of `arrays`, also of those that ended lately; empty if SLURM is silent."""
+    command = [
+        "squeue",
+        "--noheader",
+        "--array",
+        "--states=all",
+        f"--jobs={','.join(arrays)}",
+        "--format=%i|%T",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return {}
+    if done.returncode:
+        return (
+            {"": ""} if "Invalid job id" in done.stderr else {}
+        )  # all have long ended, or the controller is down
+    return dict(line.split("|") for line in done.stdout.split())
+
+
+def _cancel(jobs: dict[str, Job]) -> None:
+    if jobs:
+        subprocess.run(["scancel", *jobs], capture_output=True, timeout=60, check=False)
+
+
+def _arrays(tasks: Any) -> list[str]:
+    return sorted({str(name).split("_")[0] for name in tasks})
+
+
+@contextlib.contextmanager
+def _outside() -> Iterator[None]:
+    """Inside an allocation: submit as from a login shell, so that the new jobs inherit nothing of this one's shape."""
+    inherited = {}
+    if "SLURM_JOB_ID" in os.environ:
+        prefixes = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_")
+        names = [name for name in os.environ if name.startswith(prefixes) and name != "SLURM_CONF"]
+        inherited = dict.fromkeys(
+            [*names, "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"]
+        )
+    with environment(**inherited):
+        yield
