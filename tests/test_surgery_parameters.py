@@ -5,6 +5,8 @@ import doctest
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from zoo import timm_is_there
 
 from bnlight.norm import NORMS
 from bnlight.surgery import norm_parameters, parameters, regularize
@@ -44,6 +46,63 @@ def test_every_parameter_of_torchs_layers_is_found(layer):
 def test_every_bias_is_found_and_no_other_weight():
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "linear": nn.Linear(4, 4), "lstm": nn.LSTM(4, 4)})
     assert names(model) == {"conv.bias", "linear.bias", "lstm.bias_ih_l0", "lstm.bias_hh_l0"}
+
+
+def test_of_a_parametrized_norm_or_bias_its_originals_are_found():
+    class Doubled(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    parametrize.register_parametrization(model[1], "bias", Doubled())
+    parametrize.register_parametrization(model[1], "weight", Doubled())
+    stems = {f"{path}.parametrizations.{name}.original" for path, name in ((0, "weight"), (1, "bias"))}
+    assert names(model) == {"0.bias", *stems}
+
+
+class LlamaRMSNorm(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
+class NormalizedLinear(LlamaRMSNorm):
+    """No norm, for all its name."""
+
+
+class BlockWithNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.ones(2, 2))
+
+
+def test_what_is_called_a_norm_counts_as_one():
+    model = nn.Sequential(LlamaRMSNorm(4), NormalizedLinear(4), BlockWithNorm())
+    assert names(model) == {"0.weight"}
+
+
+@pytest.mark.skipif(not timm_is_there(), reason="timm, or a torchvision that fits torch, is not installed")
+def test_every_parameter_of_timms_norms_is_found():
+    from timm import layers
+
+    for name in (
+        *(
+            "BatchNormAct2d",
+            "GroupNormAct",
+            "LayerNorm2d",
+            "GroupNorm1",
+            "RmsNorm",
+            "RmsNorm2d",
+            "LayerNormAct",
+        ),
+        *("FilterResponseNormTlu2d", "EvoNorm2dB0", "EvoNorm2dS0", "LayerNormExp2d", "SimpleNorm"),
+    ):
+        kind = getattr(layers, name, None)
+        if kind is None:
+            continue
+        layer = kind(32)
+        assert names(layer) == {name for name, _ in layer.named_parameters()} != set(), name
 
 
 def test_shared_modules_and_parameters_come_once():

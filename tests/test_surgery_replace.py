@@ -23,6 +23,7 @@ from bnlight.norm import (
     GroupNorm,
     LayerNorm,
     MeanOnlyBatchNorm,
+    NormLSTM,
     RMSNorm,
     from_keras,
 )
@@ -370,6 +371,7 @@ def test_the_report_says_why_layers_are_left():
             "own": GroupNorm(4),
             "scripted": torch.jit.script(nn.BatchNorm2d(4)),
             "conv": nn.Conv2d(3, 4, 1),
+            "lstm": NormLSTM(3, 4, norm="layer"),
         }
     )
     model["switched"].track_running_stats = False
@@ -381,14 +383,29 @@ def test_the_report_says_why_layers_are_left():
         "act": "forward(), act would be lost",
         "own": "it is so already",
         "scripted": "it is scripted",
+        "lstm": "its steps are built for their norm: make another NormLSTM(norm=...)",
     }
     assert not report.replaced
-    assert len(report.left) == len(report) == 6
-    assert str(report).startswith("replaced 0 of 6 norms\npath")
+    assert len(report.left) == len(report) == 7
+    assert str(report).startswith("replaced 0 of 7 norms\npath")
     assert pickle.loads(pickle.dumps(report)) == report
     assert (
         str(replace_norm(nn.Sequential(nn.Linear(2, 2)), "batch")) == "replaced no norm: the model has none"
     )
+
+
+def test_a_block_that_is_only_called_a_norm_is_looked_into():
+    class PreNormBlock(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.BatchNorm2d(4))
+            self.gamma = nn.Parameter(torch.ones(4))
+
+    class NormNet(PreNormBlock):
+        pass
+
+    model = NormNet()
+    model.append(PreNormBlock())
+    assert [row.path for row in replace_norm(model, "group").replaced] == ["0", "1.0"]
 
 
 def test_subclasses_are_refused_skipped_or_taken_for_their_base():

@@ -1,10 +1,13 @@
 """Which parameters of a model belong to its norms."""
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from bnlight.norm import Norm
 from bnlight.norm.weight import is_weight_norm
@@ -12,12 +15,18 @@ from bnlight.norm.weight import is_weight_norm
 TORCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+_NAMED_NORM = re.compile(r"Norm(alization)?(?![a-z])")
+
+
 def norm_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield every parameter of a norm layer and every bias of any module: an optimizer's no-decay group.
 
-    Norms are bnlight's and torch's; a bias is a parameter named `bias` or `bias_...`. The lengths g of
-    weight-normalized weights count too: they scale a layer's outputs as a norm's weight does. A parameter that
-    several modules share comes once, also when only one of them makes it a norm's or a bias.
+    Norms are bnlight's, torch's, and whatever is called one: the parameters with at most one axis of a module
+    whose class has `Norm` in its name, as timm's `RmsNorm`, `EvoNorm2dB0` and `LayerNorm2d`, or `LlamaRMSNorm`. A bias
+    is a parameter named `bias` or `bias_...`. Of a weight or bias that is parametrized, these are the parameters it
+    is computed from. The lengths g of weight-normalized weights count too: they scale a layer's outputs as a norm's
+    weight does. A parameter that several modules share comes once, also when only one of them makes it a norm's or
+    a bias.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     >>> plain = set(norm_parameters(model))
@@ -26,13 +35,38 @@ def norm_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """
     seen: set[nn.Parameter] = set()
     for module in model.modules():
-        is_norm = isinstance(module, (Norm, *TORCH_NORMS))
-        length = "original0" if is_weight_norm(module) else None
-        for name, parameter in module.named_parameters(recurse=False):
-            undecayed = is_norm or name in ("bias", length) or name.startswith("bias_")
-            if undecayed and parameter not in seen:
+        for parameter in _undecayed(module):
+            if parameter not in seen:
                 seen.add(parameter)
                 yield parameter
+
+
+def is_named_norm(name: str) -> bool:
+    """Whether a class of this name is called a norm: `LlamaRMSNorm`, `EvoNorm2dB0`, not `NormalizedLinear`."""
+    return _NAMED_NORM.search(name) is not None
+
+
+def _undecayed(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The module's own parameters that should not decay."""
+    known = isinstance(module, (Norm, *TORCH_NORMS))
+    named = is_named_norm(type(module).__name__)
+    length = "original0" if is_weight_norm(module) else None
+    for name, parameter in module.named_parameters(recurse=False):
+        if known or _is_bias(name) or name == length or (named and _is_flat(parameter)):
+            yield parameter
+    if parametrize.is_parametrized(module):
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        for name, ways in module.parametrizations.items():
+            if known or _is_bias(name):
+                yield from ways.parameters()
+
+
+def _is_bias(name: str) -> bool:
+    return name == "bias" or name.startswith("bias_")
+
+
+def _is_flat(parameter: nn.Parameter) -> bool:
+    return not is_lazy(parameter) and parameter.dim() <= 1
 
 
 def affine_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,10 +12,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from bnlight.norm import NORMS, MeanOnlyBatchNorm, Norm
+from bnlight.norm import NORMS, MeanOnlyBatchNorm, Norm, NormLSTM
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sample import SampleStatistics
 from bnlight.surgery.dress import Dress, plain_class
+from bnlight.surgery.parameters import is_named_norm
 
 KNOWN: frozenset[type[nn.Module]] = frozenset(
     {
@@ -51,7 +52,6 @@ ACTIVATED: frozenset[str] = frozenset(
 
 CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
 _ELSEWHERE = {"_compiled_call_impl", "_sync", "_thawed"}  # carried, or reported, in a way of its own
-_NAMED_NORM = re.compile(r"Norm(alization)?(?![a-z])")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _STATE = ("_parameters", "_buffers", "_modules")
 _INERT = {
@@ -100,16 +100,15 @@ def _name(kind: type) -> str:
 def is_norm(module: nn.Module) -> bool:
     """Whether the module is a known norm, or looks like another library's: by name, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
-        return _NAMED_NORM.search(str(module.original_name)) is not None and not [*module.children()]
-    if base_of(module) is not None or not is_named_norm(module):
-        return base_of(module) is not None
+        return is_named_norm(str(module.original_name)) and not [*module.children()]
+    if base_of(module) is not None or isinstance(module, NormLSTM):
+        return True
+    if not is_named_norm(own_class(module).__name__):
+        return False
+    inside = any(base_of(child) is not None for child in module.modules())
     state = [*module._parameters.values(), *module._buffers.values()]
-    return any(tensor is not None and not is_lazy(tensor) and tensor.dim() <= 1 for tensor in state)
-
-
-def is_named_norm(module: nn.Module) -> bool:
-    """Whether the class is called a norm: `LlamaRMSNorm`, `EvoNorm2dB0`, not `NormalizedLinear`."""
-    return _NAMED_NORM.search(own_class(module).__name__) is not None
+    flat = any(tensor is not None and not is_lazy(tensor) and tensor.dim() <= 1 for tensor in state)
+    return flat and not inside
 
 
 def channel_dim(module: nn.Module) -> int:
@@ -175,6 +174,8 @@ def obstacle(module: nn.Module) -> str | None:
     """Why no layer of another kind could stand here, if so."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
+    if isinstance(module, NormLSTM):
+        return "its steps are built for their norm: make another NormLSTM(norm=...)"
     if base_of(module) is None:
         return "a norm of another library, of which only the name is known"
     if isinstance(module, CHANNELS_LAST) and len(module.normalized_shape) > 1:

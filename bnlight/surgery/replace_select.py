@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from bnlight.surgery.replace_kinds import is_norm
+from bnlight.surgery.replace_kinds import base_of, is_norm
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A pattern of paths, a class, or a function of path and layer."""
@@ -38,7 +38,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def norms_of(root: nn.Module) -> dict[nn.Module, list[str]]:
     """Every norm with all its paths; ValueError if the model is one."""
-    if is_norm(root):
+    if base_of(root) is not None:
         raise ValueError(
             f"replace_norm: the model is itself a norm, {type(root).__name__}, which cannot be exchanged in place; "
             "put it into a torch.nn.Sequential, or make the new layer instead"
