@@ -476,7 +476,7 @@ def test_the_report_is_a_table_and_exclude_names_norms() -> None:
         "  1  into 0",
         "  4  stays: excluded",
     ]
-    with pytest.raises(ValueError, match="'head' matches none of the norms 1, 4"):
+    with pytest.raises(ValueError, match="'head' matches none of the layers 1, 4"):
         fold_norm(model, exclude="head")
 
 

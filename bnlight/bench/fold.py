@@ -4,10 +4,11 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,13 +20,13 @@ from bnlight.bench.measure import hardware, interleaved, keep_freed_memory
 from bnlight.bench.norm import STYLE
 from bnlight.models import CNN, MLP, ResNet
 from bnlight.norm import BatchNorm
-from bnlight.surgery import fold_norm
+from bnlight.surgery import FoldReport, fold_norm
 
 NORMS = {
     "torch": {"image": nn.BatchNorm2d, "rows": nn.BatchNorm1d},
     "bnlight": {"image": BatchNorm, "rows": BatchNorm},
 }
-MODELS = {
+MODELS: dict[str, tuple[str, tuple[int, ...], Callable[[Any], nn.Module]]] = {
     "resnet": (
         "ResNet-20, 3x32x32",
         (3, 32, 32),
@@ -66,6 +67,7 @@ def measure(model: str, norm: str, batch: int, device: torch.device, rounds: int
         net(torch.randn(8, *shape, device=device))  # statistics that are not 0 and 1
     net.eval()
     folded = fold_norm(net)
+    assert isinstance(folded.fold_report, FoldReport)
     assert not folded.fold_report.kept, folded.fold_report
     with torch.inference_mode():
         expected = net(x)

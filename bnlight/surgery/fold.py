@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from bnlight.norm.paths import unwrapped
+from bnlight.norm.paths import Patterns, chosen, unwrapped
 from bnlight.surgery.dress import Dress, dress
 from bnlight.surgery.fold_plan import Plan
 from bnlight.surgery.fold_rules import FoldedNorm, behind, is_norm, materialize, rescale
@@ -44,7 +42,7 @@ class Evaluation(Dress):
 
 
 @torch.no_grad()
-def fold_norm(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> nn.Module:
+def fold_norm(model: nn.Module, *, exclude: Patterns = None) -> nn.Module:
     """A copy of `model` for evaluation, in which the layers beside the norms do their work; the original stays.
 
     `norm(W x + b) = (s W) x + (s b + t)` and `W norm(x) + b = (W s) x + (W t + b)`
@@ -92,7 +90,8 @@ def fold_norm(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> nn.Modu
             )
     new = copied(net).eval()
     norms = {path: module for path, module in new.named_modules() if is_norm(module)}
-    plan = Plan(copied(net, share_parameters=True).eval(), excluded(norms, exclude))
+    left_out = chosen("fold_norm", {m: [path] for path, m in norms.items()}, exclude, None) if exclude else {}
+    plan = Plan(copied(net, share_parameters=True).eval(), {*left_out.values()})
     for path, layer in ((path, new.get_submodule(path)) for path in {*plan.before, *plan.after}):
         materialize(layer)
         rescale(layer, plan.before.get(path), plan.after.get(path))
@@ -104,19 +103,6 @@ def fold_norm(model: nn.Module, *, exclude: str | Iterable[str] = ()) -> nn.Modu
     if not isinstance(new, fx.GraphModule):  # whose class is made anew wherever it is unpickled
         dress(new, Evaluation)
     return new
-
-
-def excluded(norms: Iterable[str], patterns: str | Iterable[str]) -> set[str]:
-    """The paths that one of the patterns matches; ValueError for a pattern that matches none."""
-    known, found = [*norms], set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {path for path in known if fnmatchcase(path, pattern)}
-        if not hits:
-            raise ValueError(
-                f"fold_norm: exclude={pattern!r} matches none of the norms {', '.join(known) or '(there are none)'}"
-            )
-        found |= hits
-    return found
 
 
 def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:

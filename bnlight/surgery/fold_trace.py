@@ -40,7 +40,7 @@ class Flow:
         self.closed: dict[nn.Module, str] = {}
         self.hooked = {module for module in self.paths if has_hooks(module)}
         for module in self.paths:
-            _take_hooks_off(module)
+            take_hooks_off(module)
         self._graphs: list[fx.Graph] = []  # a node lives as long as its graph
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -213,10 +213,13 @@ def has_hooks(module: nn.Module) -> bool:
     return not all(isinstance(hook, WeightNorm | SpectralNorm) for hook in hooks)
 
 
-def _take_hooks_off(module: nn.Module) -> None:
-    for name, value in vars(module).items():
-        if name.endswith("hooks") and isinstance(value, dict):
-            module.__dict__[name] = type(value)()
+def take_hooks_off(module: nn.Module) -> None:
+    """Leave a module only the hooks of torch that compute weights."""
+    for name, hooks in vars(module).items():
+        if name.endswith("hooks") and isinstance(hooks, dict):
+            kept = {key: hook for key, hook in hooks.items() if isinstance(hook, WeightNorm | SpectralNorm)}
+            hooks.clear()
+            hooks.update(kept)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
