@@ -1,0 +1,185 @@
+"""NormSync under every way to start ranks: several processes train as one with the joined batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import sync_job
+import torch
+from conftest import SMALL
+from slurm import slurm  # noqa: F401
+from torch import nn
+
+from bnlight import NormSync
+from bnlight.lightning import Classifier
+
+JOB = str(Path(sync_job.__file__))
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PAIR = ["mlp_torch", "mlp_ours"]
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LOCAL_", "MASTER_", "NODE_"))}
+    return subprocess.run(
+        command,
+        env=kept | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def trained(
+    folder: Path, arguments: list[str], cases: list[str], start: list[str] | None = None
+) -> dict[str, Any]:
+    done = run([*(start or []), sys.executable, *arguments, *cases])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {case: torch.load(folder / f"{case}.pt") for case in cases}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process computes with batches of 16."""
+    folder = tmp_path_factory.mktemp("alone")
+    return trained(folder, [JOB, str(folder), "auto", "1", "1", "world"], [*sync_job.CASES])
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    assert one["state"].keys() == other["state"].keys()
+    return max(float((v.double() - other["state"][k].double()).abs().max()) for k, v in one["state"].items())
+
+
+def check(results: dict[str, Any], alone: dict[str, Any], world: int = 2) -> None:
+    for case, result in results.items():
+        assert (result["world"], result["ranks"], result["steps"]) == (world, world, sync_job.STEPS)
+        for mine, theirs in zip(result["means"], alone[case]["means"], strict=True):  # at every step
+            torch.testing.assert_close(mine, theirs.expand_as(mine), rtol=1e-10, atol=1e-10)
+        assert difference(result, alone[case]) < 1e-10
+
+
+def test_local_statistics_train_something_else_and_lightnings_own_refuses_the_cpu(tmp_path, alone):
+    arguments = [JOB, str(tmp_path), "ddp_fork", "2", "1"]
+    results = trained(tmp_path, [*arguments, "none"], PAIR)
+    for case in PAIR:
+        assert results[case]["ranks"] == 1
+        assert difference(results[case], alone[case]) > 1e-2
+    refused = run([sys.executable, *arguments, "stock", "mlp_torch"])
+    assert refused.returncode != 0
+    assert "SyncBatchNorm layers only work with GPU modules" in refused.stderr
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork", "ddp_spawn"])
+def test_two_ranks_train_as_one_process_with_the_joined_batch(tmp_path, alone, strategy):
+    cases = PAIR[:1] if strategy == "ddp_spawn" else [*sync_job.CASES]  # each fit spawns processes anew
+    results = trained(tmp_path, [JOB, str(tmp_path), strategy, "2", "1", "world"], cases)
+    check(results, alone)
+    if hasattr(nn.parallel.DistributedDataParallel, "broadcast_buffers"):  # since torch 2.13
+        assert not any(result["broadcast"] for result in results.values())
+
+
+def test_under_torchrun(tmp_path, alone):
+    check(trained(tmp_path, [*TORCHRUN, JOB, str(tmp_path), "ddp", "2", "1", "world"], PAIR), alone)
+
+
+def srun(slurm: dict[str, str], *options: str) -> list[str]:  # noqa: F811
+    return [
+        "env",
+        *(f"{k}={v}" for k, v in slurm.items()),
+        "MASTER_ADDR=127.0.0.1",
+        "srun",
+        "-J",
+        "sync",
+        *options,
+    ]
+
+
+def test_under_slurm_on_two_nodes(tmp_path, alone, slurm):  # noqa: F811
+    start = srun(slurm, "-N2", "--ntasks-per-node=1", "--export=ALL")
+    check(trained(tmp_path, [JOB, str(tmp_path), "ddp", "1", "2", "world"], PAIR, start), alone)
+
+
+def parts(results: dict[str, Any]) -> None:
+    """Four ranks in two parts: each part agrees, and not with the other."""
+    for result in results.values():
+        assert (result["world"], result["ranks"]) == (4, 2)
+        for first, second, third, fourth in result["means"]:
+            assert torch.equal(first, second)
+            assert torch.equal(third, fourth)
+            assert not torch.equal(first, third)
+
+
+def test_the_ranks_of_one_node_make_the_statistics(tmp_path, slurm):  # noqa: F811
+    start = srun(slurm, "-N2", "--ntasks-per-node=2", "--export=ALL")
+    parts(trained(tmp_path, [JOB, str(tmp_path), "ddp", "2", "2", "node"], PAIR[:1], start))
+
+
+def test_consecutive_ranks_make_the_statistics(tmp_path):
+    arguments = [JOB, str(tmp_path), "ddp_fork", "4", "1"]
+    results = trained(tmp_path, [*arguments, "2"], PAIR)
+    parts(results)
+    assert all(result["broadcast"] is not False for result in results.values())  # all ranks evaluate alike
+    refused = run([sys.executable, *arguments, "3", *PAIR])
+    assert refused.returncode != 0
+    assert "ValueError: group=3 does not divide the 4 ranks; choose one of [1, 2, 4]" in refused.stderr
+
+
+@pytest.mark.parametrize("group", ["nodes", 0, -1, True, 1.5, None])
+def test_what_is_no_group_is_refused_in_words(group):
+    with pytest.raises(ValueError, match=r'"world" \(all\), "node" .* or a number'):
+        NormSync(group)
+
+
+def test_on_one_device_nothing_changes(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(NormSync, "apply", lambda *_: called.append(True))
+    results = []
+    for plugins in ([], [NormSync()]):
+        torch.manual_seed(0)
+        module = sync_job.Module("mlp_torch", tmp_path).double()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
+            trainer = pl.Trainer(accelerator="cpu", max_steps=3, plugins=plugins, **quiet)
+            trainer.fit(module)
+        results.append((module.state_dict(), [str(warning.message) for warning in caught]))
+    (without, before), (given, after) = results
+    assert all(torch.equal(without[key], given[key]) for key in without)
+    assert before == after
+    assert not called
+
+
+def test_a_job_with_sync_world_trains_and_validates_as_its_checkpoint_does(project, bnlight):
+    done = bnlight("train", *SMALL, "trainer=ddp", "trainer.accelerator=cpu", "sync=world")
+    assert done.returncode == 0, done.stderr
+    (job,) = (path.parent for path in project.glob("outputs/train/*/result.json"))
+    result = json.loads((job / "result.json").read_text())
+    assert result["world_size"] == 2
+    import yaml
+
+    from bnlight.lightning.build import instantiate
+
+    config = yaml.safe_load((job / "config.yaml").read_text())
+    assert config["sync"] == {"_target_": "bnlight.lightning.NormSync", "group": "world"}
+    assert config["job"]["choices"]["sync"] == "world"
+    data = instantiate(config["data"])
+    module = Classifier.load_from_checkpoint(job / "checkpoints" / "best.ckpt")
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
+    (reloaded,) = trainer.validate(module, datamodule=data, verbose=False)
+    for name, value in reloaded.items():
+        assert result["metrics"][name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_number_of_ranks_is_a_group_on_the_command_line_and_must_divide_them(project, bnlight):
+    done = bnlight("train", *SMALL, "trainer=ddp", "trainer.accelerator=cpu", "sync=world", "sync.group=4")
+    assert done.returncode != 0
+    assert "group=4 does not divide the 2 ranks" in done.stdout
