@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import start
 from torch import nn
 from torch.nn.utils import parametrize
 from zoo import BatchNormReLU, conv_net, hooked, mlp, transformer
@@ -115,6 +116,28 @@ def test_dtype_and_device_are_carried(norm, dtype):
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False)).to("meta")
     replace_norm(model, norm)
     assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+
+
+def test_a_model_with_lazy_layers_and_norms_without_tensors_is_replaced():
+    model = nn.Sequential(nn.LazyConv2d(8, 1), nn.InstanceNorm2d(8))
+    replace_norm(model, "batch")
+    assert model(torch.randn(2, 3, 4, 4)).shape == (2, 8, 4, 4)
+
+
+def test_another_dtype_is_not_the_same_layer():
+    model = one(BatchNorm(8))
+    replace_norm(model, functools.partial(BatchNorm, dtype=torch.float64))
+    assert (model[0].weight.dtype, model[0].running_mean.dtype) == (torch.float64, torch.float64)
+    assert not replace_norm(model, functools.partial(BatchNorm, dtype=torch.float64)).replaced
+
+
+def test_the_averages_of_torchs_instance_norm_are_dropped_and_said_to_be():
+    model = one(nn.InstanceNorm2d(3, affine=True, track_running_stats=True))
+    model(torch.randn(2, 3, 4, 4))
+    row = replace_norm(model, "instance").rows[0]
+    assert row.dropped == ("running_mean", "running_var", "num_batches_tracked")
+    assert "running_mean" not in replace_norm(model, "batch").rows[0].carried
+    assert torch.equal(model[0].running_mean, torch.zeros(3))
 
 
 def test_half_statistics_become_float32():
@@ -239,11 +262,39 @@ def test_a_synchronized_norm_stays_synchronized(build):
     assert "process group" in replace_norm(model, "group").rows[0].dropped
 
 
-def test_torchs_synchronized_norm_becomes_one_of_ours():
+@pytest.mark.parametrize("again", [False, True])
+def test_torchs_synchronized_norm_becomes_one_of_ours(again):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(conv_net(nn.BatchNorm2d))
+    if again:
+        sync_norm(model)
+        freeze_norm(model)
     assert "process group" in replace_norm(model, "batch").rows[0].carried
     assert model.norm2.process_group == "world"
     assert model.norm2.meeting.layer == 1
+    assert type(unfreeze_norm(model).norm1) is BatchNorm
+
+
+def in_step(x):
+    """The outputs on this rank of a synchronized network, one of whose norms was replaced."""
+    torch.manual_seed(0)
+    model = sync_norm(conv_net(nn.BatchNorm2d))
+    replace_norm(model, "batch_instance", include="norm2")
+    rank = torch.distributed.get_rank()
+    y = model(x[rank::2])
+    return y.detach(), model.norm1.running_mean, model.norm2.running_mean
+
+
+def test_synchronized_norms_old_and_new_meet_in_step(tmp_path):
+    x = torch.randn(6, 3, 4, 4)
+    with start(2, tmp_path) as ranks:
+        first, second = ranks.run(in_step, x)
+    torch.manual_seed(0)
+    model = conv_net(nn.BatchNorm2d)
+    replace_norm(model, "batch_instance", include="norm2")
+    y = model(x)
+    torch.testing.assert_close(torch.stack([first[0], second[0]], 1).flatten(0, 1), y)
+    for mine, theirs in zip(first[1:], (model.norm1.running_mean, model.norm2.running_mean), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_a_shared_layer_stays_one_layer_also_in_lists_and_attributes():
@@ -520,6 +571,8 @@ def test_an_optimizer_follows(named):
         *("0.bias", "3.bias", "5.bias"),
         *("1.weight", "1.bias", "4.weight", "4.bias"),
     ]
+    if named:
+        assert [group["param_names"] for group in optimizer.param_groups] == names_in(optimizer, model)
     optimizer.step()
     model.load_state_dict(copy.deepcopy(model).state_dict())
     optimizer.load_state_dict(optimizer.state_dict())

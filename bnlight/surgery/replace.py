@@ -131,7 +131,7 @@ def _plan(
             refused.setdefault(f"{kind.__name__} would lose its {', '.join(lost)}", []).append(paths[0])
             continue
         row = _row(old, new, factory.explicit, copies, lost)
-        if own_class(new) is kind and isinstance(new, Norm) and repr(new) == repr(old):
+        if _are_the_same(old, new):
             left[old] = "it is so already"
         else:
             swaps[old] = _Swap(old, new, row)
@@ -142,6 +142,16 @@ def _plan(
             "subclasses='replace' takes them for their base class, exclude= leaves single ones"
         )
     return swaps, left
+
+
+def _are_the_same(old: nn.Module, new: nn.Module) -> bool:
+    """Whether there is nothing to replace: of bnlight's layers, the text shows all settings."""
+    if not isinstance(new, Norm) or own_class(new) is not own_class(old) or repr(new) != repr(old):
+        return False
+    buffers = zip(new.buffers(), old.buffers(), strict=True)
+    return all(a is b for a, b in zip(new.parameters(), old.parameters(), strict=True)) and all(
+        (a.dtype, a.device) == (b.dtype, b.device) for a, b in buffers
+    )
 
 
 def _some(paths: list[str]) -> str:
@@ -222,11 +232,10 @@ def _renumber(root: nn.Module) -> None:
 def _exchange(space: dict[str, Any], new_of: dict[int, nn.Module]) -> None:
     """The new layers for the old ones wherever a module holds them: as children, attributes, in lists and dicts."""
     for key, value in [*space.items()]:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                value[name] = new_of.get(id(inner), inner)
-        elif isinstance(value, list):
-            value[:] = [new_of.get(id(inner), inner) for inner in value]
+        if isinstance(value, dict | list):
+            places = value.items() if isinstance(value, dict) else enumerate(value)
+            for place, inner in [(place, inner) for place, inner in places if id(inner) in new_of]:
+                value[place] = new_of[id(inner)]
         elif type(value) is tuple and any(id(inner) in new_of for inner in value):
             space[key] = tuple(new_of.get(id(inner), inner) for inner in value)
         elif id(value) in new_of:

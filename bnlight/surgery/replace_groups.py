@@ -47,7 +47,9 @@ def follow(
             del optimizer.state[parameter]
     if homeless and optimizers:
         group = _group_of_norms(optimizers, model)
-        _rewrite(group, set(), {group["params"][-1]: homeless} if group["params"] else {}, names)
+        group["params"].extend(homeless)
+        if "param_names" in group:
+            group["param_names"].extend(names[parameter] for parameter in homeless)
 
 
 def _rewrite(
