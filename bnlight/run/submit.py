@@ -12,7 +12,6 @@ import pickle
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -74,7 +73,7 @@ class _Submitit(BnlightLauncher):
         except (FileNotFoundError, EOFError):
             kind, result = "none", ""
         if kind == "success" and isinstance(result, JobReturn):
-            self._tell(job, result)
+            self._tell(job, task)
             return result
         state = read_status(job.directory()).get("state")
         if state == "preempted":
@@ -83,13 +82,15 @@ class _Submitit(BnlightLauncher):
         last = str(result).strip().splitlines()[-1:] if kind == "error" else []
         return self.failed(job, f"{'; '.join([ended, *last])}; see {task.paths.stderr}")
 
-    def _tell(self, job: Job, returned: JobReturn) -> None:
-        """One line of the job's own about how it ended."""
-        assert returned.hydra_cfg is not None
-        directory = Path(returned.hydra_cfg.hydra.runtime.output_dir)
-        status = read_status(directory)
-        what = f": {status['error'].splitlines()[0]}" if status.get("error") else ""
-        print(f"{job.label} {directory.name}: {status.get('state', 'not started')}{what}", flush=True)
+    def _tell(self, job: Job, task: Any) -> None:
+        """What the job has last said of itself, which is how it ended."""
+        name = job.directory().name
+        lines = (
+            task.paths.stdout.read_text(encoding="utf-8").splitlines() if task.paths.stdout.exists() else []
+        )
+        told = [line for line in lines if line.startswith(f"{job.label} {name}")]
+        state = read_status(job.directory()).get("state", "not started")
+        print(told[-1] if told else f"{job.label} {name}: {state}", flush=True)
 
     def _check_tasks(self, job_overrides: Any) -> None:
         """One task per job, which starts the ranks itself, or one per rank: else no job need wait in a queue."""
