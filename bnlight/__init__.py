@@ -1,6 +1,8 @@
 """bnlight: which normalization should my network use, at my batch size, on my GPUs?"""
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +62,17 @@ __all__ = [
     "unfreeze_norm",
     "unsync_norm",
 ]
+
+
+def _announce_groups() -> None:
+    """Let Hydra find the config groups: before it has looked for plugins by a folder, afterwards by registration."""
+    sys.path.append(str(Path(__file__).parent / "plugins"))
+    plugins: Any = sys.modules.get("hydra.core.plugins")
+    if plugins is not None and plugins.Plugins in plugins.Singleton._instances:
+        import_module(f"{__name__}.run.searchpath").register()
+
+
+_announce_groups()
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,12 @@ def test_the_wheel_has_the_sweeps_and_two_ranks(python: Path, project: Path) -> 
         check=False,
     )
     assert "norms" in listed.stderr
+
+
+def test_the_wheel_has_what_hydra_finds_the_groups_by(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "bnlight/plugins/hydra_plugins/bnlight_groups.py" in names
+    assert "bnlight/conf/norm/renorm.yaml" in names
 
 
 def test_every_package_is_listed() -> None:

@@ -11,12 +11,14 @@ class BnlightSearchPath(SearchPathPlugin):
     """Appends `pkg://bnlight.conf` and `pkg://bnlight.sweeps`: an application's own groups come first."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("bnlight", "pkg://bnlight.conf")
-        search_path.append("bnlight", "pkg://bnlight.sweeps")
+        there = {element.path for element in search_path.get_path()}
+        for path in ("pkg://bnlight.conf", "pkg://bnlight.sweeps"):
+            if path not in there:
+                search_path.append("bnlight", path)
 
 
 def register() -> None:
-    """Register the plugin in this process (Hydra 1.3 finds installed plugins by folder only)."""
+    """Register the plugin in this process, where Hydra has not found it already."""
     plugins = Plugins.instance()
     if BnlightSearchPath not in plugins.discover(SearchPathPlugin):
         plugins.register(BnlightSearchPath)
