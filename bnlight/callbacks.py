@@ -1,5 +1,6 @@
 """The Lightning callbacks around norms: `from bnlight.callbacks import RenormSchedule`."""
 
+from bnlight.lightning.doctor import Doctor
 from bnlight.lightning.freeze import FreezeNorm
 from bnlight.lightning.monitor import NormMonitor
 from bnlight.lightning.precise import PreciseStatistics
@@ -11,6 +12,7 @@ from bnlight.lightning.weight import InitializeWeightNorm
 
 __all__ = [
     "ConstrainNorm",
+    "Doctor",
     "FreezeNorm",
     "InitializeWeightNorm",
     "NormMonitor",

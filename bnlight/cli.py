@@ -17,6 +17,7 @@ Which normalization should your network use, at your batch size, on your GPUs?
   bnlight train norm=renorm model=resnet data=digits    one job, in a directory of its own
   bnlight train -m norm=batch,group seed=0,1,2          a sweep over norms and seeds
   bnlight sweep norms                                   a sweep from a file, then its comparison
+  bnlight doctor norm=batch data.batch_size=4           what is wrong with such a job
   bnlight compare outputs/norms                         the comparison again, from the files
   bnlight test outputs/norms data.shift.noise=0.2       its jobs on shifted test images, or on other data
   bnlight adapt outputs/norms data.shift.noise=0.2      the same, with statistics adapted to those images
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
     # These read their arguments themselves.
-    own = {"train": train, "sweep": run_sweep, "bench": bench, "test": test, "adapt": adapt}
+    own = {"train": train, "sweep": run_sweep, "bench": bench, "test": test, "adapt": adapt, "doctor": doctor}
     try:
         if given and given[0] in own:
             return own[given[0]](given[1:])
@@ -59,6 +60,7 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("bench", help="measure the layers against torch's (bench norm), or folding (bench fold)")
     commands.add_parser("test", help="test finished jobs on other or shifted data (test --help)")
     commands.add_parser("adapt", help="test them with statistics adapted to those data too (adapt --help)")
+    commands.add_parser("doctor", help="say what is wrong with the norms of a job, without running it")
     compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
     compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
     target = "accuracy whose first step is reported (default: 0.9)"
@@ -113,6 +115,13 @@ def run_sweep(arguments: list[str]) -> int:
         )
         return 2
     return train(rest, config_name=name)
+
+
+def doctor(arguments: list[str]) -> int:
+    """`bnlight doctor [overrides]`: what is wrong with the norms of the job that `bnlight train` would run."""
+    from bnlight.run.doctor import main as examine
+
+    return examine(arguments)
 
 
 def bench(arguments: list[str]) -> int:

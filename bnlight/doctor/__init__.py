@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from bnlight.surgery.dress import plain_class
 from bnlight.surgery.fold import copied
 from bnlight.surgery.fold_trace import take_hooks_off
 
-__all__ = ["BATCHES", "Case", "Diagnosis", "Finding", "Look", "diagnose", "examine"]
+__all__ = ["BATCHES", "Case", "Diagnosis", "Finding", "Look", "diagnose", "examine", "sorted_classes"]
 
 BATCHES = 8
 """So many batches' labels are looked at."""
@@ -88,12 +89,26 @@ def examine(
     loader: Any = None,
     labels: Sequence[Tensor] = (),
 ) -> Iterator[Finding]:
-    """All checks of a case; a loader's batches are not asked for."""
-    for check in LAYER_CHECKS:
-        yield from check(case)
-    yield from last_batch(case, loader)
-    yield from decayed_norms(case, optimizers)
-    yield from class_sorted(case, labels, labels_of_data(loader))
+    """All checks of a case, each for itself; a loader's batches are not asked for."""
+    checks: list[Callable[[Case], Iterable[Finding]]] = [
+        *LAYER_CHECKS,
+        partial(last_batch, loader=loader),
+        partial(decayed_norms, optimizers=optimizers),
+        partial(sorted_classes, loader=loader, labels=labels),
+    ]
+    for check in checks:
+        try:
+            yield from check(case)
+        except Exception as error:  # of one check with somebody's model; the others go on
+            name = getattr(check, "func", check).__name__
+            yield Finding(
+                "doctor", "note", (), f"the check {name} failed: {_described(error)}", "Please report it"
+            )
+
+
+def sorted_classes(case: Case, loader: Any, labels: Sequence[Tensor]) -> Iterator[Finding]:
+    """Whether the batches with these labels are sorted by class, by the loader's data set if that knows all labels."""
+    yield from class_sorted(case, labels, labels_of_data(loader) if labels else None)
 
 
 class _LocalSyncBatchNorm(nn.SyncBatchNorm):
@@ -140,14 +155,17 @@ def _input(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _failed(error: Exception) -> Finding:
-    text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return Finding(
         "forward",
         "note",
         (),
-        f"the forward of the batch failed, so that some checks saw nothing or only its beginning ({text})",
+        f"the forward of the batch failed, so that some checks saw nothing or only its beginning ({_described(error)})",
         "Pass a batch as training has it, or forward=",
     )
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @contextmanager

@@ -52,6 +52,28 @@ def run_hydra(arguments: list[str], config_name: str, folder: Path | None = None
         raise CommandError(_explain(error, overrides, primary)) from error
 
 
+def compose_job(arguments: list[str]) -> DictConfig:
+    """The config that one job of this command line would have, without Hydra's own part; nothing is run or written.
+
+    Raises CommandError as `run_hydra` does, and for what is no override.
+    """
+    identity.register()
+    searchpath.register()
+    launchers.register()
+    named, arguments = _take(arguments, "--config-name", "-cn")
+    where, arguments = _take(arguments, "--config-dir", "-cd")
+    primary = Primary(named or "train", Path(where) if where else None)
+    overrides = _overrides(arguments)
+    strange = [text for text in arguments if text not in {override.input_line for override in overrides}]
+    if strange:
+        raise CommandError(f"{' '.join(strange)}: expected overrides, such as norm=batch data.batch_size=8")
+    try:
+        _refuse_new_top_level_keys(overrides, primary)
+        return primary.compose(arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise CommandError(_explain(error, overrides, primary)) from error
+
+
 class Primary(NamedTuple):
     """The primary config: its name, and the user's folder that comes before the package (None: the package)."""
 

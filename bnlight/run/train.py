@@ -22,6 +22,7 @@ from bnlight.lightning.last import AtomicCheckpointIO, LastCheckpoint
 from bnlight.lightning.stop import Stopped
 from bnlight.lightning.timing import StepTimer
 from bnlight.run.devices import leased_devices
+from bnlight.run.doctor import doctor_of_job
 from bnlight.run.metrics import MetricsFile
 from bnlight.run.module import build_data, build_module, monitored, unused
 from bnlight.run.processes import this_rank
@@ -87,6 +88,7 @@ def build_trainer(
         StepTimer(),
         Heartbeat(directory),
         *progress_display(config["progress"], label, config["job"]["name"], monitored(config)[0]),
+        doctor_of_job(config, directory, label),
     ]
     plugins = list(config["trainer"].get("plugins") or [])
     plugins += cluster_environment(plugins)

@@ -108,11 +108,13 @@ def fold_norm(model: nn.Module, *, exclude: Patterns = None) -> nn.Module:
 def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     """A deep copy, with parameters of its own or those of the original.
 
-    Tensors that a module has computed and keeps (torch's old `weight_norm` does) are copied without their graph.
+    Tensors that a module has computed and keeps (torch's old `weight_norm` does) are copied without their graph,
+    and a LightningModule without its Trainer.
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()} if share_parameters else {}
     kept = chain.from_iterable(vars(module).values() for module in model.modules())
     memo |= {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    memo |= {id(t): None for m in model.modules() if (t := vars(m).get("_trainer")) is not None}
     return copy.deepcopy(model, memo)
 
 
