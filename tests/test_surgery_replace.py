@@ -358,6 +358,30 @@ def test_a_factory_learns_where_the_channels_are():
     assert model[0].eps == 1e-3
 
 
+class NormAct(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.act = BatchNorm(channels), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.norm(x))
+
+
+@pytest.mark.parametrize("norm", [NormAct, lambda channels: nn.Sequential(BatchNorm(channels), nn.ReLU())])
+def test_a_module_with_a_norm_inside_takes_its_place_once(norm):
+    model = sync_norm(one(nn.BatchNorm2d(4)).eval())
+    weight, mean = model[0].weight, model[0].running_mean
+    row = replace_norm(model, norm).rows[0]
+    inner = next(m for m in model.modules() if isinstance(m, BatchNorm))
+    assert (inner.weight is weight, inner.running_mean is mean, inner.training) == (True, True, False)
+    assert inner.process_group == "world"
+    assert row.fresh == ()
+    layers = [*model.modules()]
+    for other in (norm, "group"):
+        assert not replace_norm(copy.deepcopy(model), other).replaced
+    assert [*model.modules()] == layers
+
+
 def test_keras_layers_are_replaced_too():
     model = one(from_keras({"epsilon": 1e-3, "momentum": 0.9}, 4))
     momentum = model[0].momentum

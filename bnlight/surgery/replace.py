@@ -14,7 +14,16 @@ from bnlight.surgery import replace_carry as carry
 from bnlight.surgery.dress import worn
 from bnlight.surgery.replace_factory import Factory, NormFactory, wrong_axis
 from bnlight.surgery.replace_groups import Optimizers, as_list, follow
-from bnlight.surgery.replace_kinds import Activated, beyond, is_unseen, obstacle, own_class
+from bnlight.surgery.replace_kinds import (
+    MADE,
+    Activated,
+    base_of,
+    beyond,
+    core_of,
+    is_unseen,
+    obstacle,
+    own_class,
+)
 from bnlight.surgery.replace_report import Report, Row
 from bnlight.surgery.replace_select import Selector, chosen, norms_of, refuse_sharded, unwrapped
 from bnlight.surgery.synchronized import Synchronized, synchronize
@@ -169,16 +178,20 @@ def _made(factory: Factory, old: nn.Module, root: nn.Module, where: str) -> nn.M
 
 
 def _row(old: nn.Module, new: nn.Module, explicit: set[str], copies: carry.Copies, lost: list[str]) -> Row:
-    had = [name for name, _ in [*new.named_parameters(), *new.named_buffers()]]
-    carried, dropped = carry.carry_state(old, new, explicit, copies)
-    for source, target in zip(carry.carry_settings(old, new), (carried, dropped), strict=True):
+    core = core_of(new)
+    had = [name for name, _ in [*core.named_parameters(), *core.named_buffers()]]
+    carried, dropped = carry.carry_state(old, core, explicit, copies)
+    new.train(old.training)
+    if base_of(new) is None:
+        vars(new)[MADE] = True
+    for source, target in zip(carry.carry_settings(old, core), (carried, dropped), strict=True):
         target.extend(source)
     if hooks := carry.number_of_hooks(old):
         carried.append(f"{hooks} hook{'s'[: hooks > 1]}")
     carried += [
         behaviour.__name__.lower() for behaviour in worn(old) if behaviour not in (Activated, Synchronized)
     ]
-    if (met := carry.carry_meeting(old, new)) is not None:
+    if (met := carry.carry_meeting(old, core)) is not None:
         (carried if met else dropped).append("process group")
     fresh = [name for name in had if not any(name == other.split(" ")[0] for other in carried)]
     old_name, new_name = own_class(old).__name__, own_class(new).__name__
@@ -206,19 +219,20 @@ def _exchanged(
 def _commit(model: nn.Module, root: nn.Module, swaps: dict[nn.Module, _Swap]) -> list[str]:
     for old, swap in swaps.items():
         carry.carry_hooks(old, swap.new)
-        carry.carry_dress(old, swap.new)
+        carry.carry_dress(old, core_of(swap.new))
     new_of = {id(old): swap.new for old, swap in swaps.items()}
     for module in [*model.modules()]:
         _exchange(vars(module), new_of)
-    if any(isinstance(s.new, BatchStatistics | Synchronized) and s.new.process_group for s in swaps.values()):
-        _renumber(root)
+    _renumber(root, {core_of(swap.new) for swap in swaps.values()})
     return _leave_fast_path(root, {*new_of.values()})
 
 
-def _renumber(root: nn.Module) -> None:
+def _renumber(root: nn.Module, new: set[nn.Module]) -> None:
     """Let the synchronized layers meet under the numbers and paths that they have in the model now."""
     kinds = BatchStatistics | Synchronized
     layers: dict[Any, str] = {m: path for path, m in root.named_modules() if isinstance(m, kinds)}
+    if not any(layer in new and layer.process_group for layer in layers):
+        return
     width = max(1 + 3 * layer.num_features for layer in layers)
     for number, (layer, path) in enumerate(layers.items()):
         if (group := layer.process_group) is not None:

@@ -50,6 +50,9 @@ ACTIVATED: frozenset[str] = frozenset(
 )
 """Subclasses of torch's norms that are followed by their own `drop` and `act`."""
 
+MADE = "_made_by_replace_norm"
+"""Attribute of the modules of foreign classes that factories have made, whose insides are nobody's business."""
+
 CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
 _ELSEWHERE = {"_compiled_call_impl", "_sync", "_thawed"}  # carried, or reported, in a way of its own
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -101,7 +104,7 @@ def is_norm(module: nn.Module) -> bool:
     """Whether the module is a known norm, or looks like another library's: by name, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
         return is_named_norm(str(module.original_name)) and not [*module.children()]
-    if base_of(module) is not None or isinstance(module, NormLSTM):
+    if base_of(module) is not None or isinstance(module, NormLSTM) or MADE in vars(module):
         return True
     if not is_named_norm(own_class(module).__name__):
         return False
@@ -109,6 +112,12 @@ def is_norm(module: nn.Module) -> bool:
     state = [*module._parameters.values(), *module._buffers.values()]
     flat = any(tensor is not None and not is_lazy(tensor) and tensor.dim() <= 1 for tensor in state)
     return flat and not inside
+
+
+def core_of(new: nn.Module) -> nn.Module:
+    """The one known norm in what a factory has made, as in a norm with an activation; else the module itself."""
+    inside = [] if base_of(new) is not None else [m for m in new.modules() if base_of(m) is not None]
+    return inside[0] if len(inside) == 1 else new
 
 
 def channel_dim(module: nn.Module) -> int:
@@ -176,6 +185,8 @@ def obstacle(module: nn.Module) -> str | None:
         return "it is scripted"
     if isinstance(module, NormLSTM):
         return "its steps are built for their norm: make another NormLSTM(norm=...)"
+    if MADE in vars(module):
+        return "made by the factory of an earlier call, of a class that is not known"
     if base_of(module) is None:
         return "a norm of another library, of which only the name is known"
     if isinstance(module, CHANNELS_LAST) and len(module.normalized_shape) > 1:
