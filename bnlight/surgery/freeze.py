@@ -74,7 +74,7 @@ def freeze_norm(
         dress(layer, Frozen)
         layer.training = False
     for parameter in trained:
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False  # what a lazy parameter takes too
         parameter.grad = None  # one of zeros would let momentum and weight decay go on
     return model
 
@@ -92,7 +92,7 @@ def unfreeze_norm(model: nn.Module) -> nn.Module:
             trained |= {parameters[name] for name, flag in flags.items() if flag and name in parameters}
             undress(layer, Frozen)
     for parameter in trained:
-        parameter.requires_grad_(True)
+        parameter.requires_grad = True
     return model
 
 
