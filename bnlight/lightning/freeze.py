@@ -51,7 +51,7 @@ class FreezeNorm(pl.Callback):
         self.chosen = {"include": include, "exclude": exclude}
         self.affine = affine
         self._first = 0
-        self._layers: list[nn.Module] = []  # that this has frozen
+        self._layers: dict[nn.Module, bool] = {}  # that this has frozen, and whether they trained before
         self._parameters: list[nn.Parameter] = []  # theirs, that trained before
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,17 +78,26 @@ class FreezeNorm(pl.Callback):
             parameter.grad = None  # what an optimizer leaves alone, with momentum and weight decay
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for layer in self._layers:
+        self._give_back()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for layer, training in self._layers.items():
             unfreeze_norm(layer)
-        self._layers, self._parameters = [], []
+            layer.training = training  # Lightning changes flags without a word to the layer
+        self._layers, self._parameters = {}, []
 
     def _freeze(self, pl_module: pl.LightningModule) -> None:
         reduce_statistics(pl_module)
-        before = {module for module in pl_module.modules() if isinstance(module, Frozen)}
+        modes = {m: m.training for m in pl_module.modules() if not isinstance(m, Frozen)}
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         if paths_of(pl_module, _NORMS):
             freeze_norm(pl_module, **self.chosen, affine=self.affine)
-        self._layers = [m for m in pl_module.modules() if isinstance(m, Frozen) and m not in before]
+        self._layers = {m: training for m, training in modes.items() if isinstance(m, Frozen)}
         self._parameters = [parameter for parameter in trained if not parameter.requires_grad]
         for parameter in self._parameters:  # DDP counts on the gradients that it has known from the start
             parameter.requires_grad_(True)
