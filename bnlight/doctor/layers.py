@@ -134,8 +134,9 @@ def local_statistics(case: Case) -> Iterator[Finding]:
             "local_statistics",
             "note",
             tuple(local),
-            f"each of the {case.devices} ranks normalizes by its own batch, and evaluation uses rank 0's averages",
-            "sync=world (bnlight.NormSync, bnlight.sync_norm) takes statistics over all ranks",
+            f"each of the {case.devices} ranks normalizes by its own batch and keeps its own running averages",
+            "sync=world (bnlight.NormSync) takes statistics over all ranks; bnlight.callbacks.ReduceStatistics "
+            "merges the averages",
         )
 
 

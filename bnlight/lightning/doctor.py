@@ -53,7 +53,10 @@ class Doctor(pl.Callback):
     @property
     def finished(self) -> bool:
         """Whether everything was looked at."""
-        return self._case is not None and self._batches >= BATCHES
+        case = self._case
+        return case is not None and (
+            self._batches >= BATCHES or len(self._labels) < self._batches or not case.batch_norms
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._look, self._case, self._batches, self._labels = None, None, 0, []
@@ -81,7 +84,7 @@ class Doctor(pl.Callback):
         self._report(trainer, pl_module)
         last = self._batches == BATCHES or trainer.is_last_batch
         if last and self._case is not None and len(self._labels) > 1:
-            case, labels, self._labels = self._case, self._labels, []
+            case, labels, self._labels, self._batches = self._case, self._labels, [], BATCHES
             loader = trainer.train_dataloader
             self._say(self._safely(lambda: list(sorted_classes(case, loader, labels))) or [])
 

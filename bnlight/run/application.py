@@ -52,8 +52,8 @@ def run_hydra(arguments: list[str], config_name: str, folder: Path | None = None
         raise CommandError(_explain(error, overrides, primary)) from error
 
 
-def compose_job(arguments: list[str]) -> DictConfig:
-    """The config that one job of this command line would have, without Hydra's own part; nothing is run or written.
+def compose_job(arguments: list[str]) -> dict[str, Any]:
+    """The resolved config that one job of this command line would have; nothing is run or written.
 
     Raises CommandError as `run_hydra` does, and for what is no override.
     """
@@ -69,9 +69,11 @@ def compose_job(arguments: list[str]) -> DictConfig:
         raise CommandError(f"{' '.join(strange)}: expected overrides, such as norm=batch data.batch_size=8")
     try:
         _refuse_new_top_level_keys(overrides, primary)
-        return primary.compose(arguments)
+        config = OmegaConf.to_container(primary.compose(arguments), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise CommandError(_explain(error, overrides, primary)) from error
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
 
 
 class Primary(NamedTuple):

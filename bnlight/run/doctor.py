@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
 
 from bnlight.doctor import Diagnosis, Finding
@@ -52,15 +50,10 @@ def main(arguments: list[str]) -> int:
 
     try:
         config = compose_job(arguments)
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except CommandError as error:
         print(error, file=sys.stderr)
         return 2
-    except OmegaConfBaseException as error:
-        print(str(error).partition("\n")[0], file=sys.stderr)
-        return 2
-    assert isinstance(resolved, dict)
-    found = examine_job({str(key): value for key, value in resolved.items()})
+    found = examine_job(config)
     print(found)
     return 1 if found.warnings else 0
 
