@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-RERUN = {"--retry-failed": "rerun=failed", "--force": "rerun=all"}
+OPTIONS = {"--retry-failed": "rerun=failed", "--force": "rerun=all", "--fail-fast": "fail_fast=true"}
 
 DESCRIPTION = """\
 Which normalization should your network use, at your batch size, on your GPUs?
@@ -27,6 +27,12 @@ Which normalization should your network use, at your batch size, on your GPUs?
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a job failed, 2 the command was wrong, 130 Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # a process of its own, not a call from Python
+        from bnlight.run.supervisor import of_worker, supervise, supervises
+
+        if supervises(given):
+            return supervise(given)
+        of_worker()
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
     # These read their arguments themselves.
     own = {"train": train, "sweep": run_sweep, "bench": bench, "test": test, "adapt": adapt, "doctor": doctor}
@@ -43,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     except KeyboardInterrupt:
-        command = shlex.join(["bnlight", *given])
-        print(f"\nStopped. The same command goes on where it stopped:\n  {command}", file=sys.stderr)
-        return 130
+        from bnlight.run.supervisor import STOPPED, how_to_continue
+
+        print(f"\n{how_to_continue(given)}", file=sys.stderr)
+        return STOPPED
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -72,18 +79,32 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
     """`bnlight train`: Hydra's command line over the primary config, and the comparison if it was a sweep."""
     from bnlight.run import sweep
     from bnlight.run.application import run_hydra
-    from bnlight.run.job import CommandError, JobFailed
-    from bnlight.run.processes import this_rank
+    from bnlight.run.command import begin_pass, command
+    from bnlight.run.job import CommandError, FailFast, JobFailed
+    from bnlight.run.processes import stops, this_rank
 
     sweep.current = None
+    given = [OPTIONS.get(argument, argument) for argument in arguments]
     failed = 0
     try:
-        run_hydra([RERUN.get(argument, argument) for argument in arguments], config_name, folder)
-    except JobFailed:
-        failed = 1
+        with command(), stops():
+            while True:
+                begin_pass()
+                try:
+                    run_hydra(given, config_name, folder)
+                except (JobFailed, FailFast):
+                    failed = 1
+                if sweep.current is None or sweep.wait_for_others():
+                    break
+            failed = failed or int(sweep.others_failed())
     except CommandError as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"The sweep ends here: {error}. The same command goes on when there is room.", file=sys.stderr)
+        return 1
     if sweep.current is not None and this_rank() == 0:
         print()
         print_comparison(sweep.current.directory)

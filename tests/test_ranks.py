@@ -131,8 +131,9 @@ def test_stopping_a_job_stops_its_ranks_in_order(project: Path, stop: signal.Sig
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     (status,) = jobs(project).values()
-    assert status["state"] == "interrupted"
+    assert status["state"] == ("interrupted" if stop == signal.SIGINT else "preempted")
     assert status["traceback"] is None
+    assert status["stopped"].startswith("epoch ")
 
 
 def test_a_sweep_inside_torchrun_is_refused_in_words(project: Path) -> None:

@@ -85,7 +85,8 @@ class LastCheckpoint(pl.Callback):
             self._between_batches(trainer, fetcher)
             advance(fetcher)
 
-        fit.setup_data, epoch.advance = note_and_set_up, advance_after_us  # type: ignore[method-assign]
+        fit.setup_data = note_and_set_up  # type: ignore[method-assign]
+        epoch.advance = advance_after_us  # type: ignore[method-assign,assignment]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.request.listen()  # after Lightning's own handlers
@@ -138,7 +139,8 @@ class LastCheckpoint(pl.Callback):
         if trainer.state.fn != TrainerFn.FITTING or ranks is None:
             return
         if len(ranks) != trainer.world_size:
-            log.warning("the checkpoint is of %s ranks, this run has %s: random numbers differ", len(ranks), trainer.world_size)  # fmt: skip
+            seen = f"{len(ranks)} ranks, this run has {trainer.world_size}"
+            log.warning("the checkpoint is of %s: random numbers and the epoch's sums differ", seen)
             return
         self._loaded = {**ranks[trainer.global_rank], "ended": checkpoint["ended"]}
 
@@ -201,7 +203,7 @@ class LastCheckpoint(pl.Callback):
             loader._load_state_dicts(states)
             fit._combined_loader_states_to_load = []
             for one in loader.flattened:
-                _set_sampler_epoch(one, fit.epoch_progress.current.processed)
+                _set_sampler_epoch(one, trainer.current_epoch)
             iter(fetcher)
             fetcher.fetched += seen
         if not all(hasattr(one, "load_state_dict") for one in loader.flattened):
@@ -218,7 +220,7 @@ class LastCheckpoint(pl.Callback):
 
     def _stopped(self, trainer: pl.Trainer, signum: int) -> Stopped:
         where = f"epoch {trainer.current_epoch + (not self._ended)}, step {trainer.global_step}"
-        return Stopped(signum, where, self.request.originals.get(signum))
+        return Stopped(signum, where, self.request.previous(signum))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

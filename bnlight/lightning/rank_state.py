@@ -46,14 +46,14 @@ def set_generators(state: State, device: torch.device) -> None:
 
 def rank_state(trainer: pl.Trainer) -> State:
     """This rank's state between two batches (see the top of the file)."""
-    module = trainer.lightning_module
+    module: Any = trainer.lightning_module
     state: State = {
         "generators": generators(trainer.strategy.root_device),
-        "metrics": {name: _sums(metric) for name, metric in _metrics(module) if metric.update_count},
+        "metrics": {name: _sums(metric) for name, metric in _metrics(module) if metric._update_count},
         "results": {
             key: _sums(result)
             for key, result in trainer.fit_loop.epoch_loop._results.items()
-            if result.is_tensor and result.meta.on_epoch and result.update_count
+            if result.is_tensor and result.meta.on_epoch and result._update_count
         },
     }
     if hasattr(module, "rank_state_dict"):
@@ -66,7 +66,7 @@ def rank_state(trainer: pl.Trainer) -> State:
 
 def load_rank_state(trainer: pl.Trainer, state: State) -> None:
     """Put back what `rank_state` found, but for the generators and for `results` (see `add_results`)."""
-    module = trainer.lightning_module
+    module: Any = trainer.lightning_module
     for name, metric in _metrics(module):
         if name in state["metrics"]:
             _set_sums(metric, state["metrics"][name])
@@ -116,7 +116,7 @@ def _metrics(module: pl.LightningModule) -> list[tuple[str, Metric]]:
 def _sums(metric: Metric) -> State:
     return {
         "states": {name: _cpu(getattr(metric, name)) for name in metric._defaults},
-        "count": metric.update_count,
+        "count": metric._update_count,
     }
 
 

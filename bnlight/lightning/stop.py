@@ -31,11 +31,19 @@ class Stopped(KeyboardInterrupt):
         return "interrupted" if self.signum == signal.SIGINT else "preempted"
 
 
+def foreign(handler: Any) -> bool:
+    """Whether another tool has set this handler: neither Python nor bnlight."""
+    return (
+        callable(handler) and handler is not signal.default_int_handler and not hasattr(handler, "of_bnlight")
+    )
+
+
 class StopRequest:
     """Notes the first of SIGINT, SIGTERM, SIGUSR1 and SIGUSR2; a second SIGINT is Python's KeyboardInterrupt.
 
-    `listen` takes the signals over, `release` gives them back; outside of a main thread neither does anything.
-    `notice` remembers whose the signals were before Lightning took some.
+    `notice` remembers whose the signals are before Lightning takes some, `listen` takes them over, `release` gives
+    them back; outside of a main thread none does anything. A tool that handles SIGTERM itself keeps it: submitit
+    passes it over, because SLURM sends it together with the signal that means something.
     """
 
     def __init__(self) -> None:
@@ -52,14 +60,20 @@ class StopRequest:
             return
         self.before = {signum: signal.getsignal(signum) for signum in ASKING}
         for signum in ASKING:
-            signal.signal(signum, self._note)
+            left = signum == signal.SIGTERM and foreign(self.originals.get(signum))
+            signal.signal(signum, self.originals[signum] if left else self._note)
 
     def release(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for signum, handler in self.before.items():
-                if handler is not None and signal.getsignal(signum) == self._note:
+                if handler is not None:
                     signal.signal(signum, handler)
         self.before = {}
+
+    def previous(self, signum: int) -> Any:
+        """Another tool's handler of the signal, which wants to hear of it once the checkpoint is written."""
+        handler = self.originals.get(signum)
+        return handler if foreign(handler) else getattr(handler, "of_bnlight", None)
 
     def _note(self, signum: int, frame: Any) -> None:
         now = time.monotonic()

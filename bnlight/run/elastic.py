@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import api as multiprocessing
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from bnlight.run.processes import die_with_parent, parenthood
-from bnlight.run.status import update_status
+from bnlight.run.command import DIED
+from bnlight.run.processes import die_with_parent, ended_how, parenthood
+from bnlight.run.status import read_json, update_status
 
 
 def main() -> int:
@@ -26,9 +30,28 @@ def main() -> int:
     die_with_parent()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the status says it better
     os.environ.update(parenthood())
+    _stop_once()
     directory, processes, *label = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="bnlight-ranks-") as scratch:
         return _launch(Path(directory), int(processes), label, scratch)
+
+
+def _stop_once() -> None:
+    """Have the first signal end the ranks in order, and those after it do nothing: schedulers send several.
+
+    SIGUSR1 and SIGUSR2 end them too; torch's launcher does not know these.
+    """
+    first = multiprocessing._terminate_process_handler
+    asked: list[int] = []
+
+    def once(signum: int, frame: Any) -> None:
+        if not asked:
+            asked.append(signum)
+            first(signal.SIGTERM if signum in (signal.SIGUSR1, signal.SIGUSR2) else signum, frame)
+
+    multiprocessing._terminate_process_handler = once
+    for signum in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, once)
 
 
 def _launch(directory: Path, processes: int, label: list[str], scratch: str) -> int:
@@ -46,7 +69,7 @@ def _launch(directory: Path, processes: int, label: list[str], scratch: str) -> 
     try:
         elastic_launch(config, sys.executable)("-m", "bnlight.run.rank", str(directory), *label)
     except ChildFailedError as error:
-        what, trace = _first_failure(error)
+        what, trace = _first_failure(error, directory)
         update_status(directory, error=what, traceback=trace)
         return 1
     except SignalException as stop:  # the job's owner stops it
@@ -54,15 +77,17 @@ def _launch(directory: Path, processes: int, label: list[str], scratch: str) -> 
     return 0
 
 
-def _first_failure(error: ChildFailedError) -> tuple[str, str]:
+def _first_failure(error: ChildFailedError, directory: Path) -> tuple[str, str]:
     """What went wrong in words, and the traceback of the rank that failed first."""
     rank, failure = error.get_first_failure()
+    if failure.exitcode == DIED and (written := read_json(directory / "status.json")).get("watchdog"):
+        return written["error"], written["traceback"]
     message = failure.error_file_data.get("message", {})
     trace = message.get("extraInfo", {}).get("py_callstack") if isinstance(message, dict) else None
-    how = (
-        f"ended by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exited with {failure.exitcode}"
-    )
+    how = ended_how(failure.exitcode) if failure.exitcode < 0 else f"exited with {failure.exitcode}"
     what = message.get("message", failure.message) if isinstance(message, dict) else failure.message
+    if failure.exitcode < 0 or not isinstance(message, dict):
+        what = how
     return f"rank {rank}: {what}", f"rank {rank} {how}\n{trace or failure.message}"
 
 

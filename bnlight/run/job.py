@@ -17,11 +17,13 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from bnlight.lightning.stop import Stopped, seconds
 from bnlight.run import sweep
+from bnlight.run.command import note, of_this_command, told
 from bnlight.run.devices import devices_of, lease
 from bnlight.run.identity import choices, identity
 from bnlight.run.processes import RankFailed, WrongDevices, already_started, launch, processes_of, this_rank
-from bnlight.run.started import WrongRanks, check_ranks, follow, go, leading, meeting
+from bnlight.run.started import WrongRanks, check_ranks, follow, go, leading, meeting, together
 from bnlight.run.status import (
     JobBusy,
     own,
@@ -55,6 +57,10 @@ class JobFailed(RuntimeError):
     """A job failed; its directory holds the traceback."""
 
 
+class FailFast(BaseException):
+    """A job failed, and `fail_fast=true` ends the sweep with it; Hydra would go on after an Exception."""
+
+
 class OwnershipError(ValueError):
     """The directory of a job holds something else."""
 
@@ -76,18 +82,31 @@ def run_job(config: DictConfig) -> float | None:
     if already_started() and this_rank() > 0:
         _follow(resolved, directory)
     else:
-        try:
-            with leading(directory), own(directory):
-                _lead(resolved, directory, label)
-        except JobBusy as busy:
-            print(f"{label} {directory.name}: skipped, {busy}".strip(), flush=True)
-            return None
-        except OwnershipError as error:
-            print(f"{label} {directory.name}: failed: {error}".strip(), flush=True)
-            raise JobFailed(directory.name) from error
+        while not _led(resolved, directory, label):
+            if sweep.current is None or sweep.current.total is not None:
+                return None  # the command waits for it when the other jobs are done
+            sweep.wait(directory)  # the sweeper wants the value before it chooses the next job
     metrics = read_json(directory / "result.json").get("metrics", {})
     score = metrics.get((resolved.get("monitor") or {}).get("metric"))
     return None if score is None else float(score)
+
+
+def _led(config: dict[str, Any], directory: Path, label: str) -> bool:
+    """Lead the job; False if another process runs it now."""
+    title = f"{label} {directory.name}".strip()
+    try:
+        with leading(directory):
+            if not _is_settled(_expect_same_job(config, directory), title, directory, config):
+                with own(directory) as last_alive:
+                    _lead(config, directory, label, last_alive)
+    except JobBusy as busy:
+        print(f"{title}: running elsewhere, skipped: {busy}", flush=True)
+        note("busy", directory)
+        return False
+    except (OwnershipError, OSError) as error:  # OSError: not even the lock or the status can be written
+        print(f"{title}: failed: {error}", flush=True)
+        raise JobFailed(directory.name) from error
+    return True
 
 
 def resolve(config: DictConfig, hydra: Any) -> dict[str, Any]:
@@ -117,6 +136,11 @@ def check_command(config: DictConfig, hydra: Any) -> None:
         raise CommandError(f"progress={config.progress} is unknown; choose one of {', '.join(STYLES)}")
     if (config.get("monitor") or {}).get("mode", "max") not in ("max", "min"):
         raise CommandError(f"monitor.mode={config.monitor.mode} is unknown; choose one of max, min")
+    for key in ("time_limit", "stall_limit"):
+        try:
+            seconds(config.get(key), key)
+        except ValueError as error:
+            raise CommandError(str(error)) from None
     inside = sweep.current is not None and sweep.current.inside_job
     if already_started() and hydra.mode.name == "MULTIRUN" and not inside:
         raise CommandError(
@@ -139,53 +163,105 @@ def _described(error: BaseException) -> tuple[str, str]:
     return what, "".join(traceback.format_exception(error))
 
 
-def _lead(config: dict[str, Any], directory: Path, label: str) -> None:
+def _lead(config: dict[str, Any], directory: Path, label: str, last_alive: float | None) -> None:
     """Decide whether the job is to run, run it, and record how it ended."""
     title = f"{label} {directory.name}".strip()
     status = _expect_same_job(config, directory)
-    state = status.get("state")
-    if state in FINISHED and config["rerun"] != "all":
-        print(f"{title}: {state} before, skipped", flush=True)
+    state, rerun = status.get("state"), _rerun(config, status)
+    if _is_settled(status, title, directory, config):  # another process may have been faster
         return
-    if state == "failed" and config["rerun"] is None:
-        reason = (status.get("error") or "for an unknown reason").splitlines()[0]
-        print(f"{title}: failed before ({reason}); --retry-failed runs it again", flush=True)
-        raise JobFailed(directory.name)
-    if config["rerun"] == "all":
+    if rerun == "all":
         status = _wipe(directory)
+    config = config | {"rerun": rerun}
+    if state == "interrupted" and status.get("started") and last_alive:  # killed: it could not say for how long
+        status["seconds"] = status.get("seconds", 0.0) + max(0.0, last_alive - status["started"])
     write_atomic(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     status |= {
         "state": "running",
         "attempt": status.get("attempt", 0) + 1,
         "wandb_id": status.get("wandb_id") or secrets.token_hex(4),
+        "seconds": 0.0 if state == "failed" else status.get("seconds", 0.0),
+        "started": time.time(),
         "error": None,
         "traceback": None,
         **this_process(),
     }
     write_json(directory / "status.json", status)
+    note("begun", directory)
     if state not in (None, *FINISHED):
         print(f"{title}: {state} before, continued", flush=True)
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), status["seconds"]
     try:
         _train(config, directory, label)
-    except KeyboardInterrupt:
-        update_status(directory, state="interrupted")
+        diverged = read_json(directory / "result.json").get("diverged")
+        took = time.perf_counter() - begun
+        ended = {"ended": time.time(), "seconds": used + took}
+        update_status(directory, state="diverged" if diverged else "done", error=diverged, **ended)
+    except KeyboardInterrupt as stop:
+        how = stop.state if isinstance(stop, Stopped) else "interrupted"
+        where = f" at {stop.where}" if isinstance(stop, Stopped) and stop.where else ""
+        record(directory, state=how, seconds=used + time.perf_counter() - begun)
+        print(f"{title}: {how}{where}", flush=True)
+        if callable(previous := getattr(stop, "previous", None)):
+            previous(stop.signum, None)  # type: ignore[attr-defined]  # a scheduler's tool, which asks for another turn
         raise
     except BaseException as error:
-        what, trace = _described(error)
-        update_status(directory, state="failed", error=what, traceback=trace)
-        _append(directory / "job.log", trace)
-        print(f"{title}: failed: {what}\n    see {directory / 'job.log'}", flush=True)
-        if not isinstance(error, Exception):
-            raise
+        _failed(directory, title, error, used + time.perf_counter() - begun)
+        if config.get("fail_fast"):
+            raise FailFast(directory.name) from None
         raise JobFailed(directory.name) from None
-    diverged = read_json(directory / "result.json").get("diverged")
-    update_status(directory, state="diverged" if diverged else "done", error=diverged)
-    seconds = time.perf_counter() - begun
+    finally:
+        note("ended", directory)
     if sweep.current is not None:
-        sweep.current.seconds.append(seconds)
-    ended = f"diverged ({diverged}) after" if diverged else "done in"
-    print(f"{title}: {ended} {sweep.duration(seconds)}{_scores(directory, config)}", flush=True)
+        sweep.current.seconds.append(took)
+    ended_as = f"diverged ({diverged}) after" if diverged else "done in"
+    print(f"{title}: {ended_as} {sweep.duration(took)}{_scores(directory, config)}", flush=True)
+
+
+def _rerun(config: dict[str, Any], status: dict[str, Any]) -> str | None:
+    """What `rerun` asks of this job: nothing any more if this command has run it already."""
+    asked: str | None = config["rerun"]
+    return None if of_this_command(status) else asked
+
+
+def _is_settled(status: dict[str, Any], title: str, directory: Path, config: dict[str, Any]) -> bool:
+    """Whether nothing is left to do for the job; says so once per command. Raises JobFailed if it has failed."""
+    state, quiet, rerun = status.get("state"), told(directory), _rerun(config, status)
+    if state in FINISHED and rerun != "all":
+        if not quiet:
+            print(f"{title}: {state} before, skipped", flush=True)
+            note("left", directory)
+        return True
+    if state == "failed" and rerun is None:
+        if of_this_command(status) and config.get("fail_fast"):
+            raise FailFast(directory.name)
+        if not quiet:
+            reason = (status.get("error") or "for an unknown reason").splitlines()[0]
+            print(f"{title}: failed before ({reason}); --retry-failed runs it again", flush=True)
+            note("left", directory)
+        raise JobFailed(directory.name)
+    return False
+
+
+def _failed(directory: Path, title: str, error: BaseException, seconds: float) -> None:
+    """Write down a failure; on a full disk, say at least that."""
+    what, trace = _described(error)
+    written = record(
+        directory, state="failed", error=what, traceback=trace, seconds=seconds, ended=time.time()
+    )
+    with contextlib.suppress(OSError):
+        _append(directory / "job.log", trace)
+    see = f"see {directory / 'job.log'}" if written else "which could not be written down: the disk is full?"
+    print(f"{title}: failed: {what}\n    {see}", flush=True)
+
+
+def record(directory: Path, **fields: Any) -> bool:
+    """Update the job's status if the disk takes it; a job that could not be recorded reads as interrupted."""
+    try:
+        update_status(directory, **fields)
+    except OSError:
+        return False
+    return True
 
 
 def _follow(config: dict[str, Any], directory: Path) -> None:
@@ -222,7 +298,11 @@ def _train_here(
 ) -> None:
     from bnlight.run.isolation import isolated, log_to
 
-    with isolated(), log_to(directory / "job.log", rank=this_rank()):
+    def failed(what: str, trace: str) -> None:
+        record(directory, state="failed", error=what, traceback=trace, ended=time.time())
+        print(f"{label} {directory.name}: failed: {what}".strip(), flush=True)
+
+    with isolated(), log_to(directory / "job.log", rank=this_rank()), together(directory, failed):
         os.environ.update(environment or {})
         os.environ.update(meeting(directory))
         from bnlight.run.train import train  # here, as Lightning's import writes into the environment

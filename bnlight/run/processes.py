@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bnlight.lightning.stop import ASKING, Stopped, foreign
 from bnlight.run.started import started
 from bnlight.run.status import read_json
 
@@ -95,35 +96,62 @@ def launch(directory: Path, processes: int, label: str, environment: Mapping[str
         start_new_session=True,
     )
     try:
-        with _sigterm_interrupts():
+        with stops():
             code = agent.wait()
-    except BaseException:
-        agent.send_signal(signal.SIGINT)
+    except BaseException as stop:
         try:
+            agent.send_signal(signal.SIGINT)
             agent.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
             agent.kill()
             agent.wait()
+        if isinstance(stop, KeyboardInterrupt):  # the ranks have said where they stopped
+            where = str(read_json(directory / "status.json").get("stopped") or "")
+            signum: int = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
+            raise Stopped(signum, where, getattr(stop, "previous", None)) from None
         raise
     if code < 0:
-        raise RankFailed(f"the launcher of the ranks was ended by {signal.Signals(-code).name}")
+        raise RankFailed(f"the launcher of the ranks {ended_how(code)}")
     if code > 0:
         status = read_json(directory / "status.json")
         raise RankFailed(status.get("traceback") or f"the ranks exited with {code}", status.get("error"))
 
 
+def ended_how(code: int) -> str:
+    """An exit code in words, such as `was killed by SIGKILL: probably out of memory`."""
+    if code >= 0:
+        return f"left with exit code {code}"
+    name = signal.Signals(-code).name
+    meaning = {
+        "SIGKILL": "probably out of memory",
+        "SIGSEGV": "a crash in native code",
+        "SIGBUS": "a crash in native code, or a full /dev/shm",
+        "SIGABRT": "a crash in native code",
+    }.get(name)
+    return f"was killed by {name}" + (f": {meaning}" if meaning else "")
+
+
 @contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Have SIGTERM stop this process as Ctrl-C does; only a main thread can ask for it."""
+def stops() -> Iterator[None]:
+    """Have SIGTERM, SIGUSR1 and SIGUSR2 stop this process as Ctrl-C does, by the exception `Stopped`.
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    Another tool's handler is called once the job has been recorded (`Stopped.previous`). Only a main thread can ask
+    for it.
+    """
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def stop(signum: int, _: Any) -> None:
+        raise Stopped(signum, "", before[signum] if foreign(before.get(signum)) else None)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for signum in ASKING[1:]:
+            handler = signal.getsignal(signum)
+            if signum == signal.SIGTERM and foreign(handler):
+                continue  # as submitit, which passes it over
+            stop.of_bnlight = None  # type: ignore[attr-defined]
+            before[signum] = signal.signal(signum, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from bnlight.lightning.stop import Stopped
 from bnlight.run.processes import die_with_parent
+from bnlight.run.status import update_status
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -27,8 +29,13 @@ def main() -> None:
     from bnlight.run.train import train
 
     directory = Path(sys.argv[1])
-    with log_to(directory / "job.log", rank=int(os.environ["RANK"])):
-        train(read_config(directory), directory, label=" ".join(sys.argv[2:]))
+    rank = int(os.environ["RANK"])
+    with log_to(directory / "job.log", rank=rank):
+        try:
+            train(read_config(directory), directory, label=" ".join(sys.argv[2:]))
+        except Stopped as stop:  # asked by the job's owner, who records it
+            if rank == 0:
+                update_status(directory, stopped=stop.where)
 
 
 if __name__ == "__main__":

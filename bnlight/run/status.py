@@ -19,8 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bnlight.run.lock import STALE_SECONDS, owner
+from bnlight.run.lock import JobBusy as JobBusy
+from bnlight.run.lock import own as own
+
 STATES = ("running", "done", "failed", "diverged", "preempted", "interrupted")
-STALE_SECONDS = 120.0  # a heartbeat of another host that is older than this is a dead one
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -66,34 +69,10 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 def update_status(directory: Path, **fields: Any) -> dict[str, Any]:
     """Merge `fields` into the job's status file and return the whole."""
-    status = read_json(directory / "status.json") | fields
-    write_json(directory / "status.json", status)
+    with _alone(directory):
+        status = read_json(directory / "status.json") | fields
+        write_json(directory / "status.json", status)
     return status
-
-
-class JobBusy(RuntimeError):
-    """Another living process owns this job's directory."""
-
-
-@contextlib.contextmanager
-def own(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock for the duration of the block; the kernel frees it when the process dies.
-
-    Raises JobBusy, naming the owner, if a living process holds it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a+") as lock:
-        for attempt in range(5):  # a reader that only looks holds the lock for an instant
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 4:
-                    status = read_json(directory / "status.json")
-                    owner = f"process {status.get('pid', '?')} on {status.get('host', 'an unknown host')}"
-                    raise JobBusy(f"{directory} is being run by {owner}") from None
-                time.sleep(0.1)
-        yield
 
 
 def this_process() -> dict[str, Any]:
@@ -102,16 +81,26 @@ def this_process() -> dict[str, Any]:
 
 
 def _owner_lives(directory: Path, status: dict[str, Any]) -> bool:
-    if status.get("host") != socket.gethostname():
-        return time.time() - float(status.get("heartbeat") or 0) < STALE_SECONDS
-    try:
-        with (directory / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
+    if owner(directory):
         return True
-    return False
+    elsewhere = status.get("host") not in (None, socket.gethostname())
+    return elsewhere and time.time() - float(status.get("heartbeat") or 0) < STALE_SECONDS
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keep other processes of this job from changing its status meanwhile, where the file system can."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _finite(value: Any) -> Any:

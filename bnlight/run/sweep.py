@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+from bnlight.run.command import journal
+from bnlight.run.lock import owner
+from bnlight.run.status import read_status
+
+ENDED = ("done", "diverged", "failed")
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 @dataclass
@@ -42,6 +50,36 @@ class SweepProgress(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global current
         current = Sweep(directory=Path(config.hydra.sweep.dir), total=_count(config))
+
+
+def wait(directory: Path) -> None:
+    """Return when no living process runs the job any more."""
+    while owner(directory):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def wait_for_others() -> bool:
+    """Wait for the jobs of this command that other processes run; whether all of them have come to an end.
+
+    False means that an owner died: the job is there to be taken.
+    """
+    busy = {Path(entry["job"]) for entry in journal() if entry["event"] == "busy"}
+    running = sorted(path.name for path in busy if owner(path))
+    if running:
+        shown = ", ".join(running[:3]) + (" ..." if len(running) > 3 else "")
+        print(
+            f"Waiting for {len(running)} jobs that run elsewhere: {shown} (Ctrl-C leaves them alone)",
+            flush=True,
+        )
+    for path in busy:
+        wait(path)
+    return all(read_status(path).get("state") in ENDED for path in busy)
+
+
+def others_failed() -> bool:
+    """Whether a job of this command has failed in another process."""
+    busy = {Path(entry["job"]) for entry in journal() if entry["event"] == "busy"}
+    return any(read_status(path).get("state") == "failed" for path in busy)
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from bnlight.lightning.build import complete, instantiate
 from bnlight.lightning.divergence import StopOnDivergence
 from bnlight.lightning.initial import initialize
 from bnlight.lightning.last import AtomicCheckpointIO, LastCheckpoint
-from bnlight.lightning.stop import Stopped
+from bnlight.lightning.stop import Stopped, seconds
 from bnlight.lightning.timing import StepTimer
 from bnlight.run.devices import leased_devices
 from bnlight.run.doctor import doctor_of_job
@@ -30,6 +30,7 @@ from bnlight.run.progress import Heartbeat, progress_display
 from bnlight.run.provenance import cpu_name, git_commit, versions
 from bnlight.run.started import cluster_environment
 from bnlight.run.status import read_json, write_json
+from bnlight.run.watchdog import Steps, Watchdog
 from bnlight.run.weights import weights_file
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,13 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
 
     The job's owner has written `status.json`; it continues from `checkpoints/last.ckpt` if there is one.
     """
+    used = float(read_json(directory / "status.json").get("seconds") or 0.0)
+    limits = {key: seconds(config.get(key), key) for key in ("time_limit", "stall_limit")}
+    with Watchdog(directory, this_rank(), used, **limits) as watchdog:
+        _train(config, directory, label, watchdog)
+
+
+def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Watchdog) -> None:
     begun = time.time()
     status = read_json(directory / "status.json")
     if config["threads"] is not None:
@@ -60,6 +68,7 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     exit_code = 1
     try:
         trainer = build_trainer(config, directory, loggers, label)
+        trainer.callbacks.insert(0, Steps(watchdog))  # type: ignore[attr-defined]
         _fit(trainer, module, data, str(last) if resume else None)
         metrics = _metrics(trainer)
         diverged = next((c.reason for c in trainer.callbacks if isinstance(c, StopOnDivergence)), None)  # type: ignore[attr-defined]
@@ -161,7 +170,7 @@ def _write_result(
     trainer: pl.Trainer,
     metrics: dict[str, float],
     diverged: str | None,
-    seconds: float,
+    took: float,
 ) -> None:
     device = trainer.strategy.root_device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -171,7 +180,7 @@ def _write_result(
         "world_size": trainer.world_size,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
-        "seconds": seconds,
+        "seconds": took,
         "identity": config["job"]["identity"],
         "unused": unused(config),
         "git": git_commit(),
