@@ -11,8 +11,11 @@ import os
 import re
 import shutil
 import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from bnlight.run.status import read_json, write_json
 
 SECONDS_TO_DECIDE = 300.0  # rank 0 may import from a slow disk, or wait for the directory's lock
 SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_TO_RECORD = 15.0
+FAILED = "failed-{}.json"
 OURS_TO_MEET = ("srun", "submitit")  # these start processes and leave it to them to find each other
 
 
@@ -124,11 +129,15 @@ def leading(directory: Path) -> Iterator[None]:
     folder = _folder(directory, place)
     try:
         yield
-    finally:
-        if not (folder / "0.json").exists():
-            write_json(folder / "0.json", {"go": False})
-        else:  # the others have read it long ago
+    except BaseException:
+        write_json(folder / FAILED.format(0), {})
+        raise
+    else:
+        if (folder / "0.json").exists():  # the others have read it long ago
             shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if folder.exists() and not (folder / "0.json").exists():
+            write_json(folder / "0.json", {"go": False})
 
 
 def go(directory: Path, identity: str) -> None:
@@ -161,6 +170,52 @@ def follow(directory: Path, identity: str) -> bool:
     folder = _folder(directory, place)
     write_json(folder / f"{place.rank}.json", {"identity": identity})
     return bool(_said_by(folder, 0, time.monotonic() + SECONDS_TO_DECIDE)["go"])
+
+
+@contextlib.contextmanager
+def together(directory: Path, record: Callable[[str, str], Any]) -> Iterator[None]:
+    """While the ranks train: if one fails, all end, and rank 0 records why (`record(error, traceback)`).
+
+    torchrun does that for the ranks it has started; srun leaves the others in a collective that never comes.
+    """
+    place = started()
+    if place is None:
+        yield
+        return
+    folder, over = _folder(directory, place), threading.Event()
+    watch = threading.Thread(
+        target=_watch, args=(folder, place, over, record), daemon=True, name="bnlight ranks"
+    )
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        if place.rank > 0:
+            what = "".join(traceback.format_exception_only(error)).strip()
+            write_json(
+                folder / FAILED.format(place.rank), {"what": what, "traceback": traceback.format_exc()}
+            )
+            watch.join(
+                SECONDS_TO_RECORD
+            )  # until rank 0 has written it down, then this process ends as the others do
+        raise
+    finally:
+        over.set()
+
+
+def _watch(folder: Path, place: Started, over: threading.Event, record: Callable[[str, str], Any]) -> None:
+    """End this process when another rank has failed."""
+    others = range(1, place.world_size) if place.rank == 0 else range(1)
+    while not over.wait(SECONDS_BETWEEN_LOOKS * 5):
+        for rank in others:
+            if not (path := folder / FAILED.format(rank)).exists():
+                continue
+            if place.rank == 0:
+                said = read_json(path)
+                record(f"rank {rank}: {said.get('what')}", str(said.get("traceback")))
+                write_json(folder / FAILED.format(0), {})
+            sys.stdout.flush()
+            os._exit(1)
 
 
 def meeting(directory: Path) -> dict[str, str]:
