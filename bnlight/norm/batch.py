@@ -1,6 +1,6 @@
 """What the layers share whose statistics come from the batch: of virtual batches, of all ranks, of too few values."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Literal, Unpack
 
@@ -173,28 +173,25 @@ class BatchStatistics(RunningAverages):
     def by_batch_statistics(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
         """Normalize each virtual batch by its own statistics."""
         batches = self.virtual_batches(x, valid)
-        plan = self.plan_for(x, batches.moments)
+        plan = self.plan_for(x, batches.moments())
         return batches.normalize(weight, bias, plan, self.eps, self.way_back(plan))
 
     def virtual_batches(self, x: Tensor, valid: Tensor | None) -> VirtualBatches:
         """The groups of the batch that have statistics of their own."""
         return VirtualBatches(x, valid, self._groups(x)[0])
 
-    def plan_for(self, x: Tensor, moments_on_this_rank: Callable[[], Moments]) -> Plan:
-        """How to normalize the batch `x` that has these moments; the averages move if it is new."""
-        keep = comes_again()
-        with torch.no_grad():
-            local = moments_on_this_rank()
-            if not recomputing():
-                plan = self._jittered(self._new_plan(x, local))
-                if keep:
-                    self._calls.remember(local, plan)
-                return plan
-            known = self._calls.recall(local)
-            with self._observed_by(_ignore):  # no backward moves the averages
-                # Known or not, it draws its random numbers again, or later ones would differ.
-                plan = self._jittered(known or self._new_plan(x, local))
-            return known or plan
+    def plan_for(self, x: Tensor, local: Moments) -> Plan:
+        """How to normalize the batch `x` that has these moments on this rank; the averages move if it is new."""
+        if not recomputing():
+            plan = self._jittered(self._new_plan(x, local))
+            if comes_again():
+                self._calls.remember(local, plan)
+            return plan
+        known = self._calls.recall(local)
+        with self._observed_by(_ignore):  # no backward moves the averages
+            # Known or not, it draws its random numbers again, or later ones would differ.
+            plan = self._jittered(known or self._new_plan(x, local))
+        return known or plan
 
     @contextmanager
     def _observed_by(self, observer: Observer) -> Iterator[None]:

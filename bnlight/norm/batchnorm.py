@@ -64,7 +64,8 @@ class BatchNorm(BatchStatistics):
             self.running_mean = self.running_var = self.num_batches_tracked = None
 
     def by_batch_statistics(self, x: Tensor, valid: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-        mean, var = (self.running_mean, self.running_var) if self.training else (None, None)
+        state = self._buffers if self.training else {}
+        mean, var = state.get("running_mean"), state.get("running_var")
         if (
             valid is not None
             or self._groups(x)[0] > 1

@@ -44,11 +44,11 @@ class InstanceMoments:
         return by_channel(affine, self.x, slope, shift.expand_as(slope))
 
     def merged(self, groups: int) -> Moments:
-        """The moments of the K virtual batches, `(K, C)`, or `(C,)` for K = 1."""
-        number = _sums(self.number, groups)
-        mean = _sums(self.number * self.mean, groups) / number.clamp(min=1)
-        between = (self.mean - mean[self._group(groups)]).square()
-        var = _sums(self.number * (self.var + between), groups) / number.clamp(min=1)
+        """The moments of the K virtual batches, `(K, C)`, or `(C,)` for K = 1; not differentiable."""
+        number, means, variances = _sums(self.number, groups), self.mean.detach(), self.var.detach()
+        mean = _sums(self.number * means, groups) / number.clamp(min=1)
+        between = (means - mean[self._group(groups)]).square()
+        var = _sums(self.number * (variances + between), groups) / number.clamp(min=1)
         number_each: Tensor | int = number.expand_as(mean)
         samples: Tensor | int = _sums((self.number > 0).to(number.dtype), groups)
         if self.valid is None and self.x.size(0) % groups == 0:

@@ -135,7 +135,7 @@ class BatchLayerNorm(BatchStatistics):
             self._keep_positions(x.shape[2:])
         if self.takes_batch(rows, valid):
             batches = self.virtual_batches(rows, valid)
-            plan = self.plan_for(rows, batches.moments)
+            plan = self.plan_for(rows, batches.moments())
             assert plan.correction is not None
             y = batches.normalize(batch_weight, batch_bias, plan, self.eps, self.way_back(plan))
             batch_part = plan.correction[0][..., 0]  # (K,) or one number
@@ -254,5 +254,5 @@ class SwitchableNorm(BatchStatistics):
     def _of_batch(self, x: Tensor, samples: InstanceMoments) -> tuple[Tensor, Tensor]:
         """Mean and variance of each sample's batch, `(N, C)` or `(1, C)`, differentiable."""
         groups, _ = self._groups(x)
-        plan = self.plan_for(x, lambda: samples.merged(groups))
+        plan = self.plan_for(x, samples.merged(groups))
         return samples.of_batch(plan, groups, self.way_back(plan))

@@ -30,14 +30,14 @@ class VirtualBatches:
         self.apart = x if groups == 1 or self.by_sample else _apart(x, groups, x.is_contiguous())
 
     def moments(self) -> Moments:
-        """Mean, biased variance and number of values of each group's channels; call it without gradients."""
-        valid, groups = self.valid, self.groups
+        """Mean, biased variance and number of values of each group's channels; not differentiable."""
+        x, valid, groups = self.apart.detach(), self.valid, self.groups
         if groups == 1:
-            return moments(self.x, valid)
+            return moments(x, valid)
         if self.by_sample:
-            return moments_by_sample(self.x, groups)
+            return moments_by_sample(x, groups)
         where = None if valid is None else _apart(valid, groups, self.x.is_contiguous())
-        mean, var, number, _ = moments(self.apart, where)
+        mean, var, number, _ = moments(x, where)
         samples: Tensor | int = self.samples // groups
         if valid is not None:
             samples = valid.flatten(1).any(1).view(-1, groups).sum(0).view(-1, 1)
