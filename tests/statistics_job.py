@@ -3,6 +3,7 @@
 Rank r saves what it saw in FOLDER/CASE/r.pt, beside the checkpoints. The ranks' samples are of different kinds.
 """
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from bnlight import NormSync
 from bnlight.callbacks import FreezeNorm, PoolStatistics, PreciseStatistics, ReduceStatistics
 from bnlight.norm import BatchNorm, BatchRenorm
 
@@ -73,6 +75,7 @@ def loader(data: TensorDataset) -> DataLoader:
 
 
 def callbacks(case: str, folder: Path) -> list[pl.Callback]:
+    case = re.sub("_(ours|renorm|sync)$", "", case)
     every: dict[str, Any] = {"filename": "{epoch}", "save_top_k": -1}
     if case in ("reduce_within", "reduce_within_weights", "stock_within"):
         every = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 2}
@@ -85,9 +88,7 @@ def callbacks(case: str, folder: Path) -> list[pl.Callback]:
         "freeze": [FreezeNorm(3)],
         "freeze_reduce": [ReduceStatistics(), FreezeNorm(0.5)],
         "pool": [PoolStatistics(), ReduceStatistics()],
-    }.get(
-        case.removesuffix("_ours").removesuffix("_renorm"), [ReduceStatistics()] if "reduce" in case else []
-    )
+    }.get(case, [ReduceStatistics()] if "reduce" in case else [])
     return [*chosen, ModelCheckpoint(folder, **every)]
 
 
@@ -105,6 +106,7 @@ def main(folder: str, *cases: str) -> None:
             devices=2,
             strategy="ddp_fork",
             use_distributed_sampler=False,
+            plugins=[NormSync()] if kind == "sync" else [],
             callbacks=[*callbacks(case, place), Keep()],
             max_epochs=2,
             accumulate_grad_batches=4 if case == "pool" else 1,

@@ -16,17 +16,12 @@ from bnlight.norm import BatchNorm, BatchRenorm
 CASES = [
     "stock", "stock_within", "reduce", "reduce_ours", "reduce_renorm", "reduce_within", "reduce_within_weights",
     "reduce_ema", "precise", "precise_ours", "precise_ema", "freeze", "freeze_reduce", "pool",
+    "stock_sync", "reduce_sync", "precise_sync", "pool_sync", "freeze_sync",
 ]  # fmt: skip
-MERGED = [
-    "reduce",
-    "reduce_ours",
-    "reduce_renorm",
-    "reduce_ema",
-    "precise",
-    "precise_ours",
-    "precise_ema",
-    "pool",
-]
+ALIKE = [
+    "reduce", "reduce_ours", "reduce_renorm", "reduce_ema", "precise", "precise_ours", "precise_ema", "pool",
+    "reduce_sync", "precise_sync", "pool_sync",
+]  # fmt: skip
 STEPS = 6  # of an epoch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*srun.*")
@@ -85,7 +80,7 @@ def test_everyones_data_count_once_and_alike(runs, case):
     assert saved(runs, case)["net.0.num_batches_tracked"] == 2 * STEPS
 
 
-@pytest.mark.parametrize("case", MERGED)
+@pytest.mark.parametrize("case", ALIKE)
 def test_ranks_validate_and_go_on_with_the_same_bits(runs, case):
     first, second = seen(runs, case)
     assert len(first["validation"]) == 3  # one before the training
@@ -95,7 +90,7 @@ def test_ranks_validate_and_go_on_with_the_same_bits(runs, case):
     assert differ(first["end"][0], second["end"][0]) == []
 
 
-@pytest.mark.parametrize("case", MERGED)
+@pytest.mark.parametrize("case", ALIKE)
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_the_metric_from_the_fit_is_that_of_the_checkpoint_in_one_process(runs, case, epoch):
     module = module_of(case).eval()
@@ -117,7 +112,7 @@ def test_checkpoints_within_an_epoch_are_of_everyones_data_unlike_the_stock_ones
     assert ("optimizer_states" in torch.load(runs / case / "step=2.ckpt")) == (case == "reduce_within")
 
 
-@pytest.mark.parametrize("case", ["precise", "precise_ours", "precise_ema"])
+@pytest.mark.parametrize("case", ["precise", "precise_ours", "precise_ema", "precise_sync"])
 def test_precise_statistics_are_of_every_ranks_batches_and_of_the_saved_weights(runs, case):
     module = module_of(case)
     state = saved(runs, case)
@@ -136,7 +131,7 @@ def test_the_weights_are_those_of_the_training_without_the_callback(runs, case):
     assert {name for name in differ(stock, mine) if "running" not in name} == set()
 
 
-@pytest.mark.parametrize(("case", "first"), [("freeze", 3), ("freeze_reduce", STEPS)])
+@pytest.mark.parametrize(("case", "first"), [("freeze", 3), ("freeze_reduce", STEPS), ("freeze_sync", 3)])
 def test_frozen_norms_stay_to_the_bit_on_both_ranks_while_the_rest_learns(runs, case, first):
     ranks = seen(runs, case)
     for rank in ranks:
@@ -150,6 +145,10 @@ def test_frozen_norms_stay_to_the_bit_on_both_ranks_while_the_rest_learns(runs, 
     assert differ(ranks[0]["end"][0], ranks[1]["end"][0]) == []
     if case == "freeze_reduce":
         torch.testing.assert_close(reference["net.0.running_mean"], mean_of(0, 1))
+
+
+def test_synchronized_layers_have_nothing_to_merge_and_stay_to_the_bit(runs):
+    assert differ(saved(runs, "stock_sync"), saved(runs, "reduce_sync")) == []
 
 
 def test_pooled_micro_batches_count_one_for_each_optimizer_step_the_short_last_one_too(runs):

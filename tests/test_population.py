@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnlight.population.observe
-from bnlight import precise_statistics, sync_norm
+from bnlight import freeze_norm, precise_statistics, sync_norm, unfreeze_norm
 from bnlight.norm import NORMS, BatchLayerNorm, BatchNorm, BatchRenorm, FullNorm, MeanOnlyBatchNorm, NormLSTM
 from bnlight.norm.batch import BatchStatistics
 
@@ -301,6 +301,18 @@ def test_a_norm_in_evaluation_mode_is_frozen_in_a_model_in_training_mode_only(na
     assert_statistics(model[0], *population(data))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["batch", "torch"])
+def test_what_freeze_norm_has_frozen_stays_in_any_mode(name, training):
+    model = nn.Sequential(freeze_norm(layer_of(name)), layer_of("batch")).train(training)
+    before = everything(model[0])
+    precise_statistics(model, batches([5, 3]))
+    assert_same(before, everything(model[0]), statistics=True)
+    assert_statistics(model[1], *population([model[0](x).detach() for x in batches([5, 3])]))
+    precise_statistics(unfreeze_norm(model), batches([5, 3]))
+    assert_statistics(model[0], *population(batches([5, 3])))
+
+
 def test_a_model_with_frozen_norms_only_says_that_nothing_was_estimated():
     model = nn.Sequential(layer_of("batch").eval())
     rest = iter(batches([4]))
@@ -385,6 +397,8 @@ RANKS_BATCHES = {"uneven": [[5, 3, 8], [4]], "one rank has none": [[], [4, 2]], 
 
 def net(kind: str) -> nn.Sequential:
     torch.manual_seed(3)
+    if kind == "torch dressed":
+        return sync_norm(net("torch"))
     if "torch" in kind:
         last = {"torch": nn.BatchNorm1d, "torch sync": nn.SyncBatchNorm}[kind](4)
         return nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 4, 2), last).double()
@@ -397,15 +411,16 @@ def pooled_over_ranks(kind: str, case: str, wrapped: bool) -> list[Tensor]:
     rank = dist.get_rank()
     data = batches(RANKS_BATCHES[case][rank], seed=rank)
     precise_statistics(DistributedDataParallel(model) if wrapped else model, data)
-    if kind == "bnlight":
-        assert all(layer.process_group == "world" for layer in model if isinstance(layer, BatchStatistics))
+    if kind in ("bnlight", "torch dressed"):
+        assert all(layer.process_group == "world" for layer in model if hasattr(layer, "running_mean"))
     return [
         buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
     ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "wrapped"), [("bnlight", False), ("bnlight", True), ("torch", True), ("torch sync", False)]
+    ("kind", "wrapped"),
+    [("bnlight", False), ("bnlight", True), ("torch", True), ("torch sync", False), ("torch dressed", False)],
 )
 @pytest.mark.parametrize("case", ["uneven", "one rank has none"])
 def test_ranks_pool_whatever_batches_each_has(ranks: Ranks, kind, case, wrapped):

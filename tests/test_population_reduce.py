@@ -166,7 +166,14 @@ def test_frozen_layers_stay_and_others_do_not(ranks: Ranks):
 
 def synchronized() -> list[bool]:
     rank = dist.get_rank()
-    kinds = [BatchNorm(3), BatchRenorm(3), FullNorm(3), BatchLayerNorm(3), BatchNorm(3, virtual_batch_size=2)]
+    kinds = [
+        nn.BatchNorm1d(3),
+        BatchNorm(3),
+        BatchRenorm(3),
+        FullNorm(3),
+        BatchLayerNorm(3),
+        BatchNorm(3, virtual_batch_size=2),
+    ]
     model = sync_norm(nn.ModuleList(kinds).double())
     for layer in model:
         trained(layer, data(rank, 3))
