@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch.distributed as dist
 from pytorch_lightning.plugins import TorchSyncBatchNorm
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sync import ProcessGroup
 from bnlight.surgery import sync_norm, unsync_norm
 from bnlight.surgery.groups import Group, check_group, process_group
+from bnlight.surgery.synchronized import Synchronized
 
 
 class NormSync(TorchSyncBatchNorm):
@@ -26,8 +27,8 @@ class NormSync(TorchSyncBatchNorm):
     strategies `ddp`, `ddp_spawn`, `ddp_fork`, `ddp_notebook` and `fsdp` call it; on one device nothing does, and
     nothing changes.
 
-    DistributedDataParallel copies rank 0's buffers to all ranks at each forward. For "world" that is left out,
-    where torch can (2.13) and where all of the model's buffers are synchronized layers', which agree anyway.
+    DistributedDataParallel copies rank 0's buffers to all ranks at each forward. That is left out, where torch can
+    (2.13), if all of the model's buffers are layers' that are synchronized over all ranks, and agree anyway.
 
     Args:
         group: "world" is all ranks; "node" the ranks of one machine, n (a number) each n consecutive ranks. In a
@@ -39,6 +40,9 @@ class NormSync(TorchSyncBatchNorm):
 
     def __init__(self, group: Group = "world") -> None:
         check_group(group)
+        other = sys.modules.get("lightning.pytorch.plugins.layer_sync")  # the same classes under another name
+        if other is not None:
+            other.TorchSyncBatchNorm.register(NormSync)
         self.group = group
         self._made: tuple[Any, ProcessGroup] = None, None
         self._ddp_arguments: dict[str, Any] = {}
@@ -48,8 +52,7 @@ class NormSync(TorchSyncBatchNorm):
         if self._made[0] is not world or self._made[1] is None:
             self._made = world, process_group(self.group)
         sync_norm(model, self._made[1])
-        if self._made[1] == "world":
-            self._leave_out_broadcast(model)
+        self._leave_out_broadcast(model)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
@@ -73,7 +76,7 @@ class NormSync(TorchSyncBatchNorm):
         agreeing = {
             id(buffer)
             for module in model.modules()
-            if isinstance(module, BatchStatistics | _BatchNorm)
+            if isinstance(module, BatchStatistics | Synchronized) and module.process_group == "world"
             for buffer in module.buffers(recurse=False)
         }
         if all(id(buffer) in agreeing for buffer in model.buffers()):
