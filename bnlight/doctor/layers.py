@@ -35,7 +35,7 @@ FEW_VALUES = 16
 FEW_SAMPLES = 8
 """Samples per batch: below 8 errors rise on ImageNet, at 4 by 4 points, at 2 by 11 (Wu and He 2018, figure 1)."""
 FEW_TO_ACCUMULATE = 32
-"""Samples per batch that are enough by all accounts (Goyal et al. 2017, section 2.3)."""
+"""Samples per batch with which large-batch training keeps its accuracy (Goyal et al. 2017, section 2.3)."""
 FAR_APART = 0.5
 """Standard deviations between the means, or log of the ratio of variances, of two calls: as different data have."""
 
