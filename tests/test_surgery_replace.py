@@ -227,6 +227,21 @@ def test_a_parametrized_weight_is_computed_as_before_from_the_same_parameter():
     assert "weight (parametrized)" in row.dropped
 
 
+def test_looking_at_a_parametrization_does_not_run_it():
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, value):
+            Counting.calls += 1
+            return value
+
+    model = one(nn.BatchNorm2d(4))
+    parametrize.register_parametrization(model[0], "weight", Counting())
+    Counting.calls = 0
+    replace_norm(model, "group")
+    assert Counting.calls == 0
+
+
 def test_attributes_that_somebody_has_set_are_carried():
     model = one(nn.BatchNorm2d(4))
     model[0].stage = 3
@@ -268,6 +283,8 @@ def test_torchs_synchronized_norm_becomes_one_of_ours(again):
     if again:
         sync_norm(model)
         freeze_norm(model)
+        assert not isinstance(model.norm1, nn.SyncBatchNorm)  # sync_norm says why
+    assert len(replace_norm(copy.deepcopy(model), "batch", include=nn.SyncBatchNorm).replaced) == 2
     assert "process group" in replace_norm(model, "batch").rows[0].carried
     assert model.norm2.process_group == "world"
     assert model.norm2.meeting.layer == 1
@@ -334,10 +351,12 @@ def test_a_factory_is_a_class_a_partial_or_a_function():
         (lambda channels: nn.GroupNorm(4, channels), 1e-5, 4),
         (build, 1e-3, 4),
         (functools.partial(GroupNorm, num_groups=2), 1e-3, 2),
+        (functools.partial(GroupNorm, num_groups=2, bias=True), 1e-3, 2),
     ):
         model = one(nn.BatchNorm2d(8, eps=1e-3))
-        weight = model[0].weight
+        weight, bias = model[0].weight, model[0].bias
         row = replace_norm(model, norm).rows[0]
+        assert model[0].bias is bias
         assert (model[0].eps, model[0].num_groups) == (eps, groups)
         assert model[0].weight is weight
         assert ("eps" in row.carried) == (eps == 1e-3)
@@ -483,6 +502,18 @@ def test_a_block_that_is_only_called_a_norm_is_looked_into():
     assert [row.path for row in replace_norm(model, "group").replaced] == ["0", "1.0"]
 
 
+def test_a_layer_norm_of_images_has_its_channels_on_axis_1():
+    class LayerNorm2d(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+    model, x = one(LayerNorm2d(6)), torch.randn(2, 6, 3, 3)
+    before = model(x)
+    replace_norm(model, "layer", subclasses="replace")
+    assert (model[0].over, model[0].channel_dim) == ("channels", 1)
+    torch.testing.assert_close(model(x), before)
+
+
 def test_subclasses_are_refused_skipped_or_taken_for_their_base():
     model = nn.Sequential(nn.BatchNorm2d(4), BatchNormReLU(4))
     weight = model[1].weight
@@ -538,6 +569,7 @@ def test_a_call_that_raises_has_changed_nothing():
         ("grup", ValueError, "unknown norm 'grup'; did you mean 'group'.*batch, renorm"),
         (BatchNorm(8), TypeError, r"norm must be a name, or be called as norm\(channels\)"),
         (None, TypeError, "got None"),
+        (nn.LazyBatchNorm2d, ValueError, "the factory made a lazy LazyBatchNorm2d"),
         (lambda channels: "no", ValueError, "no layer can be made for '0'.*made a str"),
         (lambda channels, layer=layers[0]: layer, ValueError, "a layer that it had given before"),
     ):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 
 from bnlight.norm import LayerNorm, Norm
@@ -172,6 +173,10 @@ def _made(factory: Factory, old: nn.Module, root: nn.Module, where: str) -> nn.M
         new = factory.make(old, root)
     except Exception as error:
         raise ValueError(f"replace_norm: no layer can be made for {where}: {error}") from error
+    if isinstance(new, LazyModuleMixin):
+        raise ValueError(
+            f"replace_norm: for {where} the factory made a lazy {type(new).__name__}; give the plain class"
+        )
     if wrong := wrong_axis(old, new):
         raise ValueError(f"replace_norm: {where} {wrong}")
     return new
@@ -195,7 +200,7 @@ def _row(old: nn.Module, new: nn.Module, explicit: set[str], copies: carry.Copie
         (carried if met else dropped).append("process group")
     fresh = [name for name in had if not any(name == other.split(" ")[0] for other in carried)]
     old_name, new_name = own_class(old).__name__, own_class(new).__name__
-    return Row("", old_name, new_name, tuple(carried), tuple(dropped + lost), tuple(fresh))
+    return Row("", old_name, new_name, tuple(carried), (*dict.fromkeys(dropped + lost),), tuple(fresh))
 
 
 def _exchanged(
@@ -261,7 +266,7 @@ def _leave_fast_path(root: nn.Module, new: set[nn.Module]) -> list[str]:
     off: set[nn.Module] = set()
     for module in root.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not all(
-            norm not in new or _is_torch_layer_norm(norm) for norm in (module.norm1, module.norm2)
+            norm not in new or _is_torch_layer_norm(norm) for norm in module.children()
         ):
             module.activation_relu_or_gelu = 0
             off.add(module)

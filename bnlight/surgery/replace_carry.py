@@ -19,6 +19,7 @@ from bnlight.surgery.replace_kinds import (
     Activated,
     attributes,
     base_of,
+    channels,
     is_activated,
     own_class,
     settings,
@@ -53,10 +54,11 @@ def carry_state(
     computed = [*getattr(old, "parametrizations", {})]
     for name in ("weight", "bias") if not same else [*new._parameters]:
         mine, theirs = old._parameters.get(name), new._parameters.get(name)
-        if mine is not None and theirs is not None and mine.shape == theirs.shape and name not in explicit:
+        given = name in explicit and name != "bias"  # which says whether there is one
+        if mine is not None and theirs is not None and mine.shape == theirs.shape and not given:
             new.register_parameter(name, _fitting(mine, theirs, copies))
             carried.append(name)
-        elif name in computed and theirs is not None and getattr(old, name).shape == theirs.shape:
+        elif name in computed and theirs is not None and theirs.shape == (channels(old),):
             _carry_parametrization(old, new, name)
             carried.append(f"{name} (parametrized)")
     for name in _buffers_for(old, new, same):

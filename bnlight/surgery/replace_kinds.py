@@ -67,7 +67,16 @@ _INERT = {
     "__signature__",
 } | {
     *("__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__"),
-    *("__constants__", "__parameters__", "__orig_bases__", "__dict__", "__weakref__", "_check_input_dim"),
+    *(
+        "__constants__",
+        "__parameters__",
+        "__orig_bases__",
+        "__dict__",
+        "__weakref__",
+        "_check_input_dim",
+        "__repr__",
+        "extra_repr",
+    ),
 }
 
 
@@ -145,10 +154,10 @@ def settings(module: nn.Module) -> dict[str, Any]:
     """The layer's settings, under the names of bnlight's arguments."""
     if isinstance(module, Norm):
         return _own_settings(module)
-    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-    found: dict[str, Any] = {"eps": module.eps, "affine": weight is not None or bias is not None}
+    bias = _has(module, "bias")
+    found: dict[str, Any] = {"eps": module.eps, "affine": _has(module, "weight") or bias}
     if found["affine"]:
-        found["bias"] = bias is not None
+        found["bias"] = bias
     if isinstance(module, batchnorm._BatchNorm):
         found |= {"momentum": module.momentum, "track_running_stats": module.running_mean is not None}
     if isinstance(module, nn.GroupNorm):
@@ -157,17 +166,23 @@ def settings(module: nn.Module) -> dict[str, Any]:
         found["over"] = "channels"
     if found["eps"] is None:  # of torch's RMSNorm: the machine epsilon of the input's dtype
         del found["eps"]
-        if isinstance(weight, Tensor) and weight.dtype == torch.float64:
+        if any(parameter.dtype == torch.float64 for parameter in module.parameters()):
             found["eps"] = torch.finfo(torch.float64).eps
     return found
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether there is such a parameter, be it computed from others, without computing it."""
+    return module._parameters.get(name) is not None or parametrize.is_parametrized(module, name)
 
 
 def _own_settings(module: Norm) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in inspect.signature(own_class(module)).parameters:
-        value = getattr(module, name, inspect.Parameter.empty)
         if name == "bias":
-            value = value is not None or not module.affine
+            found[name] = _has(module, name) or not module.affine
+            continue
+        value = getattr(module, name, inspect.Parameter.empty)
         if name not in ("num_features", "device", "dtype") and value is not inspect.Parameter.empty:
             found[name] = value
     for name, initial in (("alpha", "initial_alpha"), ("r_max", "first_bounds"), ("d_max", "first_bounds")):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from bnlight.surgery.replace_kinds import base_of, is_norm
+from bnlight.surgery.replace_kinds import base_of, is_norm, own_class
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A pattern of paths, a class, or a function of path and layer."""
@@ -78,13 +78,15 @@ def chosen(norms: dict[nn.Module, list[str]], include: Any, exclude: Any) -> set
         found: set[nn.Module] = set()
         for selector in [selectors] if isinstance(selectors, str) or callable(selectors) else selectors:
             if isinstance(selector, type):
-                found |= {layer for layer in norms if isinstance(layer, selector)}
+                found |= {layer for layer in norms if issubclass(own_class(layer), selector)}
             elif callable(selector):
                 found |= {layer for layer, paths in norms.items() if any(selector(p, layer) for p in paths)}
             else:
                 hits = {m for m, paths in norms.items() if any(fnmatchcase(p, selector) for p in paths)}
                 if not hits:
-                    known = ", ".join(path for paths in norms.values() for path in paths)
+                    every = [path for paths in norms.values() for path in paths]
+                    more = f" and {len(every) - 12} more" if len(every) > 12 else ""
+                    known = ", ".join(every[:12]) + more
                     raise ValueError(
                         f"replace_norm: {argument}={selector!r} matches none of the norms {known}"
                     )
