@@ -300,6 +300,7 @@ def _train_here(
 
     def failed(what: str, trace: str) -> None:
         record(directory, state="failed", error=what, traceback=trace, ended=time.time())
+        note("ended", directory)
         print(f"{label} {directory.name}: failed: {what}".strip(), flush=True)
 
     with isolated(), log_to(directory / "job.log", rank=this_rank()), together(directory, failed):

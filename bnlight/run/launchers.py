@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +26,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnlight.run import identity, searchpath, sweep
-from bnlight.run.job import FINISHED, CommandError, JobFailed
+from bnlight.run.command import note, of_this_command
+from bnlight.run.job import FINISHED, CommandError, FailFast, JobFailed
 from bnlight.run.status import read_status, update_status
 
 # What each launcher needs beside bnlight's own dependencies, and the extra that brings it.
@@ -54,7 +56,10 @@ class Job:
         _restore("CUDA_VISIBLE_DEVICES", self.visible)  # ray and submitit_local have their own ideas of it
         identity.register()
         searchpath.register()
-        return self.here()
+        try:
+            return self.here()
+        except FailFast as failure:  # the launching process ends the sweep
+            return not_done(self, str(failure))
 
     def here(self) -> JobReturn:
         """Run the job in this process, which has Hydra's state already."""
@@ -148,7 +153,8 @@ class BnlightLauncher(Launcher):
         directory = job.directory()
         status = read_status(directory)
         if status.get("state") in (None, "interrupted"):
-            status = update_status(directory, state="failed", error=what)
+            status = update_status(directory, state="failed", error=what, ended=time.time())
+            note("ended", directory)
             print(f"{job.label} {directory.name}: failed: {what}", flush=True)
         return not_done(job, f"{directory.name}: {status['state']}")
 
@@ -157,7 +163,8 @@ class BnlightLauncher(Launcher):
         return returned.status == JobStatus.FAILED and bool(self.config.get("fail_fast"))
 
     def _is_over(self, job: Job) -> bool:
-        state, rerun = read_status(job.directory()).get("state"), self.config.get("rerun")
+        status = read_status(job.directory())
+        state, rerun = status.get("state"), None if of_this_command(status) else self.config.get("rerun")
         return (state in FINISHED and rerun != "all") or (state == "failed" and rerun is None)
 
 

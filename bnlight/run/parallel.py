@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn
 
 from bnlight.run.devices import visible_devices
 from bnlight.run.launchers import BnlightLauncher, Job, environment, not_done
-from bnlight.run.processes import PARENT, WrongDevices, die_with_parent, processes_of
+from bnlight.run.processes import PARENT, WrongDevices, die_with_parent, ended_how, processes_of
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
@@ -83,7 +83,7 @@ class Parallel(BnlightLauncher):
         if returned is None and (stopped or process.exitcode == STOPPED):
             returned = not_done(job, "stopped")
         elif returned is None:
-            returned = self.failed(job, how_it_ended(process.exitcode))
+            returned = self.failed(job, f"the process {ended_how(process.exitcode)}")
         if self.stops_after(returned):
             stopped.append(0)
         return returned
@@ -111,7 +111,7 @@ class RayLocal(BnlightLauncher):
                     returns[job.number] = ray.get(done)
                 except ray.exceptions.RayError as error:
                     what = str(error).strip().splitlines()[0]
-                    returns[job.number] = self.failed(job, f"the job's process ended: {what}")
+                    returns[job.number] = self.failed(job, f"the process ended: {what}")
                 if self.stops_after(returns[job.number]):
                     for task, left in tasks.items():
                         ray.cancel(task)
@@ -146,14 +146,6 @@ def _in_child(pickled: bytes, answer: Connection) -> None:
         sys.exit(STOPPED)
     answer.send_bytes(cloudpickle.dumps(returned))
     answer.close()
-
-
-def how_it_ended(code: int | None) -> str:
-    """In words, how a process ended that left no result."""
-    if code is not None and code < 0:
-        why = " (probably out of memory)" if -code == signal.SIGKILL else ""
-        return f"the job's process was ended by {signal.Signals(-code).name}{why}"
-    return f"the job's process left with exit code {code}"
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 
 from bnlight.run.job import CommandError
 from bnlight.run.launchers import BnlightLauncher, Job, environment, not_done
-from bnlight.run.parallel import how_it_ended, passing_on, threads_for
-from bnlight.run.processes import WrongDevices, processes_of
+from bnlight.run.parallel import passing_on, threads_for
+from bnlight.run.processes import WrongDevices, ended_how, processes_of
 from bnlight.run.status import read_status
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -130,7 +130,7 @@ class Local(_Submitit):
                     running[executor.submit(job)] = job
                 for task in [task for task in running if task._process.poll() is not None]:
                     job = running.pop(task)
-                    ended = how_it_ended(task._process.returncode)
+                    ended = f"the process {ended_how(task._process.returncode)}"
                     returns[job.number] = (
                         not_done(job, "stopped") if stopped else self.collect(job, task, ended)
                     )
