@@ -14,6 +14,8 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
+from bnlight.data.batches import TensorBatches
+
 Dataloader = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
@@ -39,7 +41,9 @@ def training_batches(
         yield (_on_device(trainer, pl_module, batch) for batch in islice(loader, number))
 
 
-def _another(loader: Any, seed: int) -> DataLoader[Any]:
+def _another(loader: Any, seed: int) -> Iterable[Any]:
+    if isinstance(loader, TensorBatches):
+        return copy.copy(loader)  # with its own count of batches, in the epoch's order
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         seen = type(loader).__name__
         if isinstance(loader, DataLoader):
