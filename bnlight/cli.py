@@ -81,19 +81,26 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
     from bnlight.run.application import run_hydra
     from bnlight.run.command import begin_pass, command
     from bnlight.run.job import CommandError, FailFast, JobFailed
+    from bnlight.run.plan import show_plan
     from bnlight.run.processes import stops, this_rank
 
     sweep.current = None
     given = [OPTIONS.get(argument, argument) for argument in arguments]
     failed = 0
     try:
+        if "--dry-run" in given:
+            show_plan([argument for argument in given if argument != "--dry-run"], config_name, folder)
+            return 0
         with command(), stops():
             while True:
                 begin_pass()
                 try:
                     run_hydra(given, config_name, folder)
-                except (JobFailed, FailFast):
+                except JobFailed:
                     failed = 1
+                except FailFast:
+                    failed = 1
+                    break
                 if sweep.current is None or sweep.wait_for_others():
                     break
             failed = failed or int(sweep.others_failed())
@@ -117,7 +124,7 @@ def run_sweep(arguments: list[str]) -> int:
 
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
         print(
-            "usage: bnlight sweep NAME [overrides] [--retry-failed] [--force]\n\n"
+            "usage: bnlight sweep NAME [overrides] [--dry-run] [--retry-failed] [--force] [--fail-fast]\n\n"
             f"sweeps: {', '.join(available_sweeps())}",
             file=sys.stderr,
         )

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,12 @@ VERSION_BASE: Any = {} if any_target() else {"version_base": "1.3"}
 TRUST: Any = {"execution_whitelist": any_target()} if any_target() else {}
 
 
-def run_hydra(arguments: list[str], config_name: str, folder: Path | None = None) -> None:
+def run_hydra(
+    arguments: list[str],
+    config_name: str,
+    folder: Path | None = None,
+    task: Callable[[DictConfig], Any] = run_job,
+) -> None:
     """Run Hydra's application on `arguments`, a single job or a sweep.
 
     The primary config is `config_name` in `folder`, or in the package; `--config-dir` and `--config-name` among
@@ -44,7 +49,7 @@ def run_hydra(arguments: list[str], config_name: str, folder: Path | None = None
     try:
         _refuse_new_top_level_keys(overrides, primary)
         application = hydra.main(config_path=primary.path, config_name=primary.name, **VERSION_BASE, **TRUST)(
-            run_job
+            task
         )
         with _hydra_raises(), _argv(["bnlight", *arguments]):
             application()

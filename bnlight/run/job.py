@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnlight.lightning.stop import Stopped, seconds
 from bnlight.run import sweep
+from bnlight.run.agree import agree
 from bnlight.run.command import note, of_this_command, told
 from bnlight.run.devices import devices_of, lease
 from bnlight.run.identity import choices, identity
@@ -79,6 +80,12 @@ def run_job(config: DictConfig) -> float | None:
     directory = Path(hydra.runtime.output_dir)
     label = sweep.current.label(hydra.job.num) if sweep.current else ""
     resolved = resolve(config, hydra)
+    try:
+        agree(resolved, Path(hydra.runtime.output_dir).parent)
+    except WrongRanks as error:
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # Hydra has made it
+        raise CommandError(str(error)) from None
     if already_started() and this_rank() > 0:
         _follow(resolved, directory)
     else:
