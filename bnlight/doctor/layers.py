@@ -220,11 +220,11 @@ def _apart(first: Call, second: Call) -> bool:
     """Whether two calls see data that differ by more than chance: in most channels, or by far."""
     assert first.mean is not None and first.var is not None  # noqa: PT018
     assert second.mean is not None and second.var is not None  # noqa: PT018
-    if min(first.values, second.values) < FEW_VALUES:
+    if min(first.compared, second.compared) < FEW_VALUES:
         return False
     between = (first.mean - second.mean).abs() / ((first.var + second.var) / 2 + 1e-12).sqrt()
     ratio = ((first.var + 1e-12) / (second.var + 1e-12)).log().abs()
-    chance = 2 / math.sqrt(min(first.values, second.values))
+    chance = 2 / math.sqrt(min(first.compared, second.compared))
     return float(between.median()) > FAR_APART + chance or float(ratio.median()) > FAR_APART + 2 * chance
 
 
