@@ -66,6 +66,15 @@ class Factories(Regression):
         return [optimizer], [{"scheduler": self.scheduler(optimizer), "interval": "step"}]
 
 
+class Odd(Regression):
+    """Logs what its own rank sees; on the second rank, that is no number."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        self.log("train_loss", loss.detach() + (float("nan") if self.global_rank == 1 and index == 2 else 0))
+        return loss
+
+
 class Bare(pl.LightningModule):
     """No validation, no test, manual optimization."""
 

@@ -115,12 +115,17 @@ def test_a_module_names_its_metric_and_the_job_follows_it(
 def test_the_score_that_a_sweeper_gets_is_the_monitored_metric(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bnlight.run import application
+    from bnlight.run.application import run_hydra
+    from bnlight.run.job import run_job
 
+    monkeypatch.syspath_prepend(str(mine))
     scores = []
-    original = application.run_job
-    monkeypatch.setattr(application, "run_job", lambda config: scores.append(original(config)))
-    job = train(mine, *REGRESSION, *MAE)
+
+    def task(config: Any) -> None:
+        scores.append(run_job(config))
+
+    run_hydra([*REGRESSION, *MAE], "train", task=task)
+    (job,) = jobs(mine)
     assert scores == [result(job)["metrics"]["val/mae"]]
 
 
@@ -145,6 +150,16 @@ def test_no_validation_no_test_and_manual_optimization(
     assert torch.load(job / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 1
     chosen = train(mine, *arguments, "monitor.metric=train/mse", "monitor.mode=min")
     assert (chosen / "checkpoints" / "best.ckpt").exists()
+
+
+def test_ranks_that_see_different_losses_stop_together(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = ["module=custom", "module._target_=mine.Odd", "replace_norm=true", "trainer.log_every_n_steps=1"]
+    job = train(mine, *SERIES, *odd, *MAE, "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=50")
+    assert result(job)["steps"] < 10
+    assert "a loss is not finite on another rank" in result(job)["diverged"]
+    assert "diverged" in capsys.readouterr().out
 
 
 def test_early_stopping_follows_the_monitored_metric(mine: Path) -> None:

@@ -22,8 +22,8 @@ class Comparison:
     """What a sweep shows. `print(comparison)` is the table in plain text; `comparison.print()` uses colours.
 
     `runs`, `history` and `notes` are those of `read_runs`, with the derived columns. `cells` are the rows of
-    the table in its order, `metric` what they are ranked by, `monitor` what the jobs monitored, `verdict` the sentence it opens with,
-    `findings` one statement per condition (a batch size, say), `caveats` what limits them.
+    the table in its order, `metric` what they are ranked by, `monitor` what the jobs monitored, `verdict` the
+    sentence it opens with, `findings` one statement per condition (a batch size, say), `caveats` what limits them.
     """
 
     directory: Path

@@ -74,7 +74,7 @@ def derive(
     runs: pd.DataFrame,
     history: pd.DataFrame,
     target: float,
-    monitor: Monitor = Monitor(),  # noqa: B008
+    monitor: Monitor = Monitor(),
 ) -> pd.DataFrame:
     """Add the derived columns to a copy of `runs`.
 

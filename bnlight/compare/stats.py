@@ -104,9 +104,10 @@ NO_MONITOR = Monitor()
 def pick_metric(runs: pd.DataFrame, monitor: Monitor = NO_MONITOR) -> str:
     """What the jobs monitor, of the test or else of validation; else test accuracy or the best that there is."""
     done = runs[runs["state"] == "done"]
-    numeric = [str(name) for name in done if "/" in str(name) and done[name].notna().any()]
-    tests = [name for name in numeric if name.startswith("test/")]
     own = [monitor.test, f"best_{monitor.metric}", monitor.metric] if monitor.own else []
+    named = [str(name) for name in done if "/" in str(name) or name in own]
+    numeric = [name for name in named if done[name].notna().any()]
+    tests = [name for name in numeric if name.startswith("test/")]
     higher = (name for name in tests if not monitor.lower(name))
     order = [*own, _PREFERRED[0], *higher, *_PREFERRED[1:], *tests, *numeric]
     return next((name for name in order if name in numeric), "test/accuracy")

@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 
 
 class StopOnDivergence(pl.Callback):
-    """Stops when a logged metric named `.../loss` is NaN or infinite, and keeps the reason.
+    """Stops when a logged metric named `.../loss` or `..._loss` is NaN or infinite, and keeps the reason.
 
-    A diverged job is a result of its setting, not a failure: its state is `diverged`, and a rerun skips it. Only
-    metrics that are the same on all ranks are looked at, so all stop at the same step. `train/loss` is looked at
-    whenever `Trainer(log_every_n_steps)` has passed, `val/loss` after each validation.
+    A diverged job is a result of its setting, not a failure: its state is `diverged`, and a rerun skips it. A
+    module may log what only its own rank sees: the ranks agree, and all stop at the same step. `train/loss` is
+    looked at whenever `Trainer(log_every_n_steps)` has passed, `val/loss` after each validation.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,12 @@ class StopOnDivergence(pl.Callback):
         self._check(trainer)
 
     def _check(self, trainer: pl.Trainer) -> None:
-        for name, value in trainer.callback_metrics.items():
-            if self.reason is None and name.endswith("/loss") and not math.isfinite(float(value)):
-                self.reason = f"{name} is {float(value)} at step {trainer.global_step}"
-                trainer.should_stop = True
+        found = [
+            f"{name} is {float(value)}"
+            for name, value in trainer.callback_metrics.items()
+            if name.endswith(("/loss", "_loss")) and not math.isfinite(float(value))
+        ]
+        if trainer.strategy.reduce_boolean_decision(bool(found), all=False) and self.reason is None:
+            what = found[0] if found else "a loss is not finite on another rank"
+            self.reason = f"{what} at step {trainer.global_step}"
+            trainer.should_stop = True
