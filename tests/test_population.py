@@ -301,6 +301,15 @@ def test_a_norm_in_evaluation_mode_is_frozen_in_a_model_in_training_mode_only(na
     assert_statistics(model[0], *population(data))
 
 
+def test_a_lazy_layer_that_has_seen_nothing_is_named():
+    model = nn.Sequential(nn.LazyBatchNorm1d()).double()
+    with pytest.raises(ValueError, match=r"'0' is a LazyBatchNorm1d .* call the model with a batch first"):
+        precise_statistics(model, batches([4]))
+    model(batches([4])[0])
+    precise_statistics(model, batches([4]))
+    assert_statistics(model[0], *population(batches([4])))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["batch", "torch"])
 def test_what_freeze_norm_has_frozen_stays_in_any_mode(name, training):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.core import Moments, moments
@@ -144,12 +145,17 @@ def _observe(path: str, layer: nn.Module, training: bool, back: ExitStack) -> Po
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that evaluate by running averages, by their paths."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, BatchStatistics | _BatchNorm) and module.running_mean is not None
-    }
+    """The layers that evaluate by running averages, by their paths; ValueError for lazy ones without channels."""
+    layers: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, BatchStatistics | _BatchNorm) and module.running_mean is not None:
+            if is_lazy(module.running_mean):
+                raise ValueError(
+                    f"'{path}' is a {type(module).__name__} that does not know its number of channels yet: call the "
+                    "model with a batch first"
+                )
+            layers[path] = module
+    return layers
 
 
 def moving_layers(model: nn.Module) -> dict[str, nn.Module]:

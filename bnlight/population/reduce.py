@@ -2,14 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnlight.norm import BatchLayerNorm, FullNorm
-from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.paths import unwrapped
 from bnlight.norm.sync import ProcessGroup
-from bnlight.population.observe import frozen
+from bnlight.population.observe import frozen, layers_of
 from bnlight.population.ranks import number_of_ranks, of_all_ranks
 
 
@@ -46,10 +44,10 @@ def reduce_statistics(
     if weight is not None and not 0 <= weight < float("inf"):
         raise ValueError(f"reduce_statistics: weight must be a number of at least 0, got {weight}")
     net = unwrapped(model)
-    layers = {
+    layers = layers_of(net) | {
         path: layer
         for path, layer in net.named_modules()
-        if isinstance(layer, BatchStatistics | _BatchNorm | _InstanceNorm) and layer.running_mean is not None
+        if isinstance(layer, _InstanceNorm) and layer.running_mean is not None
     }
     layers = {path: layer for path, layer in layers.items() if not frozen(layer, net)}
     if not layers or number_of_ranks(process_group) == 1:
