@@ -17,7 +17,7 @@ from hydra.core.utils import JobReturn
 
 from bnlight.run.devices import visible_devices
 from bnlight.run.launchers import BnlightLauncher, Job, environment, not_done
-from bnlight.run.processes import PARENT, WrongDevices, die_with_parent, ended_how, processes_of
+from bnlight.run.processes import WrongDevices, ended_how, processes_of
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
@@ -130,11 +130,7 @@ def _in_child(pickled: bytes, answer: Connection) -> None:
     """The process of one job: answers with its return, or leaves with STOPPED."""
     import cloudpickle
 
-    os.environ[PARENT] = str(os.getppid())
-    die_with_parent()
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(STOPPED)
+    threading.Thread(target=_die_with_launcher, daemon=True).start()
     try:
         folder, variables, job = cloudpickle.loads(pickled)
         os.chdir(folder)
@@ -146,6 +142,14 @@ def _in_child(pickled: bytes, answer: Connection) -> None:
         sys.exit(STOPPED)
     answer.send_bytes(cloudpickle.dumps(returned))
     answer.close()
+
+
+def _die_with_launcher() -> None:
+    """The kernel's way (`die_with_parent`) will not do: the parent is the process that this one was forked from."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    wait([launcher.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @contextlib.contextmanager
