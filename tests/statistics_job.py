@@ -123,6 +123,7 @@ class Keep(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pl_module.keep("end")
+        pl_module.seen["attributes"] = [*vars(pl_module)]
         torch.save(pl_module.seen, pl_module.place / f"{trainer.global_rank}.pt")
 
 

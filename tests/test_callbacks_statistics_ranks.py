@@ -147,6 +147,10 @@ def test_frozen_norms_stay_to_the_bit_on_both_ranks_while_the_rest_learns(runs, 
         torch.testing.assert_close(reference["net.0.running_mean"], mean_of(0, 1))
 
 
+def test_the_module_keeps_nothing_of_it(runs):
+    assert seen(runs, "reduce")[0]["attributes"] == seen(runs, "stock")[0]["attributes"]
+
+
 def test_synchronized_layers_have_nothing_to_merge_and_stay_to_the_bit(runs):
     assert differ(saved(runs, "stock_sync"), saved(runs, "reduce_sync")) == []
 

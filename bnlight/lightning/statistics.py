@@ -32,6 +32,7 @@ class ReduceStatistics(pl.Callback):
 
     def __init__(self) -> None:
         self._step = -1
+        self._users: list[str] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.world_size == 1:
@@ -42,11 +43,14 @@ class ReduceStatistics(pl.Callback):
             if isinstance(layer, BatchStatistics | _NormBase)
             for name, _ in layer.named_buffers(recurse=False)
         ]
-        setattr(pl_module, _IGNORED, [*getattr(pl_module, _IGNORED, []), *own])
+        self._users = getattr(pl_module, _IGNORED, None)
+        setattr(pl_module, _IGNORED, [*(self._users or []), *own])
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1:  # by now DDP knows
             pl_module.__dict__.pop(_IGNORED, None)
+            if self._users is not None:
+                setattr(pl_module, _IGNORED, self._users)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
