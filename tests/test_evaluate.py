@@ -193,6 +193,9 @@ def test_a_module_of_ones_own_is_tested_adapted_and_loaded_from_its_job(project:
     module = bnlight.load(place)
     assert type(module).__name__ == "Regression"
     assert type(module.net[1]).__name__ == "BatchRenorm"
+    again = bnlight.load(place / "checkpoints" / "best.ckpt", type(module))  # the norms are in the checkpoint
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, module.state_dict()[key])
     (row,) = rows_of("adapt", str(place)).values()
     assert row["metrics"].keys() == row["adapted"].keys() == {"test/mae"}
     assert row["metrics"]["test/mae"] == pytest.approx(row["trained"]["test/mae"], rel=1e-5)

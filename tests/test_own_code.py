@@ -139,6 +139,15 @@ def test_factories_arrive_as_callables_and_the_schedule_knows_its_steps(mine: Pa
     assert "net.1.running_mean" not in last["state_dict"]
 
 
+def test_a_weight_method_reaches_the_layers_of_a_module(mine: Path) -> None:
+    import bnlight
+
+    job = train(mine, *REGRESSION, *MAE, "weight=weight_norm", "norm=none")
+    module = bnlight.load(job)
+    assert "net.0.parametrizations.weight.original0" in module.state_dict()
+    assert type(module.net[1]) is norms.NoNorm
+
+
 def test_no_validation_no_test_and_manual_optimization(
     mine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
