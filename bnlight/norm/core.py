@@ -253,7 +253,7 @@ class _Normalize(torch.autograd.Function):
             dx, dweight, dbias = _backward(dy, x, weight, None, None, mean, invstd, True, eps, needed)
         else:
             # As if the statistics were constants, and one more elementwise pass for their part.
-            scale, exact = weight * invstd, x.dtype == mean.dtype
+            scale, exact = weight * invstd, x.dtype == mean.dtype and not transforming()
             if x.numel() == 0:
                 dx, dweight, dbias = dy, torch.zeros_like(mean), torch.zeros_like(mean)
             else:
@@ -261,7 +261,7 @@ class _Normalize(torch.autograd.Function):
                 dx, dweight, dbias = _backward(dy, x, weight, mean, var, mean, invstd, False, eps, needed)
             slope, shift = through_statistics(scale, invstd, share, dweight, dbias, ctx.way_back)
             part = normalized(x, slope / invstd, shift, mean, var, eps)
-            dx = torch.addcmul(part, dy, per_channel(scale, dy)) if exact else dx + part
+            dx = part.addcmul_(dy, per_channel(scale, dy)) if exact else dx.add_(part)
         if len(ctx.shape) > 1:
             dweight, dbias = dweight.view(ctx.shape), dbias.view(ctx.shape)
         return dx, *uncorrected(dweight, dbias, r, d), None, None, None
