@@ -72,17 +72,17 @@ def batches(case: str, rank: int, world: int) -> DataLoader:
 
 def main(folder: str, strategy: str, devices: str, nodes: str, sync: str, *cases: str) -> None:
     warnings.simplefilter("ignore")
+    own = [] if sync in ("none", "stock") else [NormSync(int(sync) if sync.isdigit() else sync)]
     for case in cases:
         pl.seed_everything(0, verbose=False)
         module = Module(case, Path(folder)).double()
         before = {path: type(m) for path, m in module.named_modules()}
-        group = int(sync) if sync.isdigit() else sync
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=int(devices),
             num_nodes=int(nodes),
             strategy=strategy,
-            plugins=[] if sync in ("none", "stock") else [NormSync(group)],
+            plugins=own,
             sync_batchnorm=sync != "none",
             max_epochs=1,
             use_distributed_sampler=False,

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO, BatchNormReLU
 
-from bnlight import freeze_norm, sync_norm, unsync_norm
+from bnlight import freeze_norm, precise_statistics, sync_norm, unsync_norm
 from bnlight.norm import BatchNorm
 from bnlight.norm.batch import BatchStatistics
 from bnlight.surgery.synchronized import Synchronized
@@ -39,6 +39,11 @@ class DirectBatchNorm(nn.BatchNorm2d):
 
 
 class SyncBatchNormReLU(nn.SyncBatchNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class BatchNormReLU1d(nn.BatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).relu()
 
@@ -445,6 +450,35 @@ def test_torchs_and_bnlights_layers_are_numbered_together_so_that_ranks_out_of_s
     for error in ranks.run(in_other_layers):
         assert isinstance(error, RuntimeError)
         assert "rank 0 is in forward call 1 of layer 1; rank 1 is in forward call 1 of layer 2" in str(error)
+
+
+def counted(synchronized: bool) -> int:
+    layer = nn.BatchNorm1d(3)
+    if synchronized:
+        sync_norm(layer)
+    checkpoint(layer, torch.randn(4, 3, requires_grad=True), use_reentrant=False).sum().backward()
+    return int(layer.num_batches_tracked)
+
+
+def test_torch_counts_a_recomputed_batch_twice_and_ours_once(ranks):
+    assert ranks.run(counted, False) == [2, 2]
+    assert ranks.run(counted, True) == [1, 1]
+
+
+def estimated() -> list[Tensor]:
+    model = sync_norm(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), BatchNormReLU1d(3)))
+    torch.manual_seed(dist.get_rank())
+    precise_statistics(model, [torch.randn(8, 2) for _ in range(1 + dist.get_rank())])  # as many as each has
+    assert isinstance(model[2], Synchronized)
+    return [model[1].running_mean, model[2].running_var]
+
+
+def test_statistics_are_estimated_with_synchronized_layers_too(ranks):
+    torch.manual_seed(0)
+    first, second = ranks.run(estimated)
+    for mine, theirs in zip(first, second, strict=True):
+        assert torch.equal(mine, theirs)
+        assert not torch.equal(mine, torch.zeros(3))
 
 
 def frozen_layers() -> list[Any]:

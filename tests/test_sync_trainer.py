@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -20,6 +21,7 @@ from torch import nn
 
 from bnlight import NormSync
 from bnlight.lightning import Classifier
+from bnlight.norm import BatchNorm
 
 JOB = str(Path(sync_job.__file__))
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -118,7 +120,7 @@ def parts(results: dict[str, Any]) -> None:
 
 def test_the_ranks_of_one_node_make_the_statistics(tmp_path, slurm):  # noqa: F811
     start = srun(slurm, "-N2", "--ntasks-per-node=2", "--export=ALL")
-    parts(trained(tmp_path, [JOB, str(tmp_path), "ddp", "2", "2", "node"], PAIR[:1], start))
+    parts(trained(tmp_path, [JOB, str(tmp_path), "ddp", "2", "2", "node"], PAIR, start))
 
 
 def test_consecutive_ranks_make_the_statistics(tmp_path):
@@ -135,6 +137,18 @@ def test_consecutive_ranks_make_the_statistics(tmp_path):
 def test_what_is_no_group_is_refused_in_words(group):
     with pytest.raises(ValueError, match=r'"world" \(all\), "node" .* or a number'):
         NormSync(group)
+
+
+def test_the_plugin_is_two_functions_and_can_be_pickled():
+    plugin = pickle.loads(pickle.dumps(NormSync("node")))
+    assert plugin.group == "node"
+    model = NormSync().apply(nn.Sequential(nn.BatchNorm1d(2), BatchNorm(2)))
+    assert [layer.process_group for layer in model] == ["world", "world"]
+    NormSync().revert(model)
+    assert type(model[0]) is nn.BatchNorm1d
+    assert model[1].process_group is None
+    with pytest.raises(RuntimeError, match="group='node' needs ranks"):
+        plugin.apply(model)
 
 
 def test_on_one_device_nothing_changes(monkeypatch, tmp_path):
