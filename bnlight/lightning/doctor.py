@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from bnlight.doctor import BATCHES, Case, Diagnosis, Finding, Look, examine, sorted_classes
 from bnlight.doctor.training import labels_of
@@ -138,7 +138,8 @@ _COMPILED = Finding(
 
 
 def _is_compiled(model: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and loaded where something is compiled
+    wrappers = () if dynamo is None else (dynamo.OptimizedModule,)
     return any(
-        isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
-        for module in model.modules()
+        isinstance(module, wrappers) or module._compiled_call_impl is not None for module in model.modules()
     )
