@@ -104,6 +104,9 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
                 if sweep.current is None or sweep.wait_for_others():
                     break
             failed = failed or int(sweep.others_failed())
+        if sweep.current is not None and this_rank() == 0:
+            print()
+            print_comparison(sweep.current.directory)
     except CommandError as error:
         print(error, file=sys.stderr)
         return 2
@@ -112,9 +115,6 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
             raise
         print(f"The sweep ends here: {error}. The same command goes on when there is room.", file=sys.stderr)
         return 1
-    if sweep.current is not None and this_rank() == 0:
-        print()
-        print_comparison(sweep.current.directory)
     return failed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
@@ -237,8 +238,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         place = Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         new = place.with_name(f".{place.name}.{os.getpid()}")
+        content = io.BytesIO()  # torch's own writer says nothing of a full disk
+        torch.save(checkpoint, content)
         try:
-            torch.save(checkpoint, new)
+            new.write_bytes(content.getbuffer())
             new.replace(place)
         finally:
             new.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ report success and mean nothing, wait for each other for ever, or write into two
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Mapping
@@ -43,8 +44,7 @@ def agree(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _store(place: Started, folder: Path) -> Any:
-    import torch.distributed as dist
-
+    dist: Any = importlib.import_module("torch.distributed")
     patience = timedelta(seconds=SECONDS_FOR_ALL)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -206,8 +206,9 @@ def _lead(config: dict[str, Any], directory: Path, label: str, last_alive: float
         update_status(directory, state="diverged" if diverged else "done", error=diverged, **ended)
     except KeyboardInterrupt as stop:
         how = stop.state if isinstance(stop, Stopped) else "interrupted"
-        where = f" at {stop.where}" if isinstance(stop, Stopped) and stop.where else ""
-        record(directory, state=how, seconds=used + time.perf_counter() - begun)
+        stopped = stop.where if isinstance(stop, Stopped) else ""
+        where = f" at {stopped}" if stopped else ""
+        record(directory, state=how, stopped=stopped, seconds=used + time.perf_counter() - begun)
         print(f"{title}: {how}{where}", flush=True)
         if callable(previous := getattr(stop, "previous", None)):
             previous(stop.signum, None)  # type: ignore[attr-defined]  # a scheduler's tool, which asks for another turn

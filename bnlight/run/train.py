@@ -123,14 +123,12 @@ def build_trainer(
 def _fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any, checkpoint: str | None) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    except SystemExit:
-        if trainer.interrupted and not _stopped(trainer):  # Lightning turns Ctrl-C into an exit
-            raise KeyboardInterrupt from None
-        if not trainer.interrupted:
+    except SystemExit as left:
+        if not isinstance(left.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
             raise
-    stopped = _stopped(trainer)
-    if stopped is not None:
-        raise stopped from None
+        raise _stopped(trainer) or KeyboardInterrupt from None
+    if stopped := _stopped(trainer):  # in the last step
+        raise stopped
 
 
 def _stopped(trainer: pl.Trainer) -> Stopped | None:
