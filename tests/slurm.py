@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -62,11 +63,7 @@ def slurm() -> Iterator[dict[str, str]]:
     if os.geteuid() != 0:
         pytest.skip("starting a SLURM needs root")
     with Path(f"{BOX}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_up():
-            _down()
-            _up()
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        _join(lock)
         try:
             yield environment()
         finally:
@@ -75,6 +72,25 @@ def slurm() -> Iterator[dict[str, str]]:
             except BlockingIOError:
                 return  # another test process still uses it
             _down()
+
+
+def _join(lock: TextIO) -> None:
+    """Share the cluster that is up, or bring one up; the lock is shared by those who use it."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another test process uses one, or is bringing it up or down
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _is_up():
+                return
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            time.sleep(0.2)
+        else:
+            if not _is_up():
+                _down()
+                _up()
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            return
 
 
 def environment() -> dict[str, str]:
