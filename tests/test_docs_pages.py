@@ -1,4 +1,4 @@
-"""Every page in docs runs from top to bottom, in a user's folder: its programs, its files and its commands.
+"""The README and every page in docs run from top to bottom, in a user's folder: programs, files and commands.
 
 A block whose first line is a comment that names a file, `# my_net.py`, is written to that file.
 """
@@ -15,16 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(
-    page.name for page in DOCS.glob("*.md") if page.name != "norms.md"
-)  # test_docs.py has that one
+ROOT = Path(__file__).parents[1]
+OWN_TEST = "docs/norms.md"  # in test_docs.py
+PAGES = sorted({"README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))} - {OWN_TEST})
 BLOCK = re.compile(r"^```(\w+)\n(?:# ([\w/]+\.(?:py|yaml))\n)?(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_as_it_reads(page: str, project: Path) -> None:
-    text = (DOCS / page).read_text()
+    text = (ROOT / page).read_text()
     torch.manual_seed(0)
     sys.path.insert(0, str(project))
     names: dict[str, Any] = {"__name__": "__page__"}
@@ -36,10 +35,12 @@ def test_a_page_runs_as_it_reads(page: str, project: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(body)
         elif kind == "python":
-            exec(compile("\n" * above + body, f"docs/{page}", "exec"), names)
+            exec(compile("\n" * above + body, page, "exec"), names)
         elif kind == "bash":
             for command in body.replace("\\\n", " ").splitlines():
-                run(command, f"docs/{page}, below line {above}")
+                if command.startswith("pip "):
+                    continue  # what made this environment
+                run(command, f"{page}, below line {above}")
 
 
 def run(command: str, where: str) -> None:
