@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnlight.doctor.case import Case
 from bnlight.doctor.finding import Diagnosis, Finding
-from bnlight.doctor.layers import LAYER_CHECKS, Case
+from bnlight.doctor.layers import LAYER_CHECKS
 from bnlight.doctor.look import Look, looking
 from bnlight.doctor.training import class_sorted, decayed_norms, labels_of, labels_of_data, last_batch
 from bnlight.norm.paths import unwrapped

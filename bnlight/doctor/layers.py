@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bnlight.doctor.case import Case
 from bnlight.doctor.finding import Finding
-from bnlight.doctor.look import Call, Look, uses_batch
+from bnlight.doctor.look import Call
 from bnlight.norm import (
     BatchInstanceNorm,
     BatchNorm,
@@ -38,43 +38,6 @@ FEW_TO_ACCUMULATE = 32
 """Samples per batch with which large-batch training keeps its accuracy (Goyal et al. 2017, section 2.3)."""
 FAR_APART = 0.5
 """Standard deviations between the means, or log of the ratio of variances, of two calls: as different data have."""
-
-
-@dataclass
-class Case:
-    """What the checks look at: `look` is None without a batch; paths are those of `model`."""
-
-    model: nn.Module
-    look: Look | None = None
-    devices: int = 1
-    accumulate: int = 1
-    synchronized: bool = False
-    """Whether the layers will be, though they are not yet."""
-
-    def __post_init__(self) -> None:
-        self.paths = {module: path for path, module in self.model.named_modules()}
-        frozen_alone = self.model.training  # in a model in evaluation mode none counts as frozen
-        self.norms = {module: path for module, path in self.paths.items() if is_norm(module)}
-        self.batch_norms = {
-            module: path
-            for module, path in self.norms.items()
-            if isinstance(module, BatchStatistics | _BatchNorm) and (uses_batch(module) or not frozen_alone)
-        }
-
-    def calls(self) -> Iterator[tuple[nn.Module, str, list[Call]]]:
-        """The calls of each norm that was seen."""
-        seen = (
-            {} if self.look is None else {self.look.paths[m]: calls for m, calls in self.look.calls.items()}
-        )
-        for norm, path in self.norms.items():
-            if path in seen:
-                yield norm, path, seen[path]
-
-    def is_synchronized(self, norm: nn.Module) -> bool:
-        """Whether a layer takes its statistics over all ranks."""
-        if isinstance(norm, BatchStatistics):
-            return self.synchronized or norm.process_group is not None
-        return self.synchronized or isinstance(norm, nn.SyncBatchNorm | Synchronized)
 
 
 def needs_many(norm: nn.Module) -> bool:

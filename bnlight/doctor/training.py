@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnlight.doctor.case import Case
 from bnlight.doctor.finding import Finding
-from bnlight.doctor.layers import Case
 from bnlight.norm.batch import BatchStatistics
 
 LABELS = ("label", "labels", "y", "target", "targets")
