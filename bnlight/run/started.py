@@ -92,10 +92,8 @@ def check_ranks(trainer: Mapping[str, Any], devices: int) -> None:
     keys = f"trainer.devices={devices} x trainer.num_nodes={nodes}"
     if place is None:
         if nodes > 1:
-            tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS"))
-            seen = (
-                f"SLURM_STEP_NUM_TASKS={os.environ.get('SLURM_STEP_NUM_TASKS', 'unset')}" if tasks else "none"
-            )
+            tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "unset")
+            seen = f"SLURM_STEP_NUM_TASKS={tasks}" if "SLURM_JOB_ID" in os.environ else "WORLD_SIZE=unset"
             raise WrongRanks(
                 f"the ranks of this job were not started on {nodes} nodes: wanted {wanted} ({keys}), seen {seen}; "
                 f"start the same command with `srun --nodes={nodes} --ntasks-per-node={devices}`, or with torchrun "
