@@ -37,6 +37,7 @@ class Axes:
     conditions: list[str]
     values: pd.DataFrame
     labels: dict[str, str] = field(default_factory=dict)
+    searched: bool = False
 
     @property
     def keys(self) -> list[str]:
@@ -59,12 +60,13 @@ class Axes:
         return ", ".join(f"{self.label(key)} = {shown(settings[key])}" for key in self.conditions)
 
 
-def find_axes(runs: pd.DataFrame, configs: pd.DataFrame) -> Axes:
+def find_axes(runs: pd.DataFrame, configs: pd.DataFrame, searched: bool = False) -> Axes:
     """Compare the resolved configs of all jobs, key by key.
 
     A key is shown if it varies and was typed in the sweep (it is among the overrides), or if the keys found
     before it do not determine it; so what follows from the choice of norm (`norm.r_max`) stays out. Keys that
-    follow the seed alone are repetitions, not settings.
+    follow the seed alone are repetitions, not settings. In a search (`searched`) nothing is a circumstance: each
+    contender has its best settings chosen for it.
     """
     runs = runs.loc[configs.index]
     typed = _typed(runs["overrides"])
@@ -84,20 +86,20 @@ def find_axes(runs: pd.DataFrame, configs: pd.DataFrame) -> Axes:
     values = configs[keys]
     contenders = [key for key in _CONTENDERS if key in keys]
     if contenders:
-        tuned = [key for key in keys if key not in contenders and key.split(".")[0] in _TUNED]
+        tuned = [key for key in keys if key not in contenders and (searched or key.split(".")[0] in _TUNED)]
     else:
         contenders, tuned = keys or ["norm"], []
         values = configs[contenders]
     conditions = [key for key in keys if key not in contenders and key not in tuned]
-    return Axes(contenders, tuned, conditions, values, _labels([*conditions, *contenders, *tuned]))
+    return Axes(contenders, tuned, conditions, values, _labels([*conditions, *contenders, *tuned]), searched)
 
 
 def shown(value: Any) -> str:
-    """A setting as a reader types it: `0.1`, `32` (also for 32.0), `-` for a key this job does not have."""
+    """A setting in six digits: `0.1`, `32` (also for 32.0), `-` for a key this job does not have."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, float):
-        return f"{value:g}" if value == float(f"{value:g}") else repr(value)
+        return f"{value:g}"
     return str(value)
 
 

@@ -118,7 +118,8 @@ def results_table(comparison: Comparison) -> pd.DataFrame:
 
 
 def _compare(read: Runs, metric: str, target: float, monitor: Monitor) -> Comparison:
-    axes = find_axes(read.runs, read.configs)
+    searched = (read.directory / "optimization_results.yaml").exists()  # Hydra's Optuna sweeper writes it
+    axes = find_axes(read.runs, read.configs, searched)
     cells = make_cells(read.runs, axes, metric, monitor)
     found = findings(cells, metric, monitor)
     return Comparison(

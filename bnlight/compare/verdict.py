@@ -92,7 +92,7 @@ def caveats(
         names = ", ".join(axes.label(key) for key in axes.tuned)
         how = metric_words(by) if by else f"{metric_words(metric)} itself, which is optimistic"
         notes.append(f"Each contender is judged at its own best {names} (marked *), chosen by {how}.")
-        notes.extend(_edges(cells, axes))
+        notes.extend([] if axes.searched else _edges(cells, axes))  # of values drawn, one is always outermost
     if "norm" in axes.contenders and "optimizer.lr" in configs and configs["optimizer.lr"].nunique() == 1:
         rate = shown(configs["optimizer.lr"].dropna().iloc[0])
         notes.append(

@@ -180,6 +180,8 @@ def _refuse_new_top_level_keys(overrides: list[Override], primary: Primary) -> N
 
 def _explain(error: Exception, overrides: list[Override], primary: Primary) -> str:
     """Hydra's error, or for a key that does not exist the keys that do."""
+    if "hydra/sweeper/optuna" in str(error):
+        return "a search needs Hydra's Optuna sweeper: pip install 'bnlight[optuna]'"
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None and str(part))
     missing = re.search(r"Missing mandatory value.*?full_key: (\S+)", text, re.DOTALL)
     if missing:

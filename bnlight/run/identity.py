@@ -26,15 +26,18 @@ OFF: dict[str, Any] = {
 NO_SHIFT = {"noise": 0, "contrast": 1, "brightness": 0, "blur": 0, "rotate": 0, "invert": False}
 
 
-def identity(config: DictConfig) -> str:
-    """The sha256 of the sorted JSON of the resolved config without paths, logger and display options."""
+def identity(config: DictConfig, complete: bool = True) -> str:
+    """The sha256 of the sorted JSON of the resolved config without paths, logger and display options.
+
+    Values may be missing (`???`) if `complete` is False: what a search has yet to choose.
+    """
     config = copy.deepcopy(config)
     OmegaConf.set_readonly(config, False)
     with open_dict(config):
         config.pop("hydra", None)
         for root in config.get("paths", {}):
             config.paths[root] = f"<{root}>"
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
     assert isinstance(resolved, dict)
     kept = {str(key): value for key, value in resolved.items() if key not in NOT_IDENTITY}
     _leave_out_what_is_off(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -73,7 +74,8 @@ class CommandError(ValueError):
 def run_job(config: DictConfig) -> float | None:
     """The Hydra task: run the job of `config` unless that was done before, and return its validation score.
 
-    Raises JobFailed after the failure was recorded in the job's directory.
+    NaN if it has diverged, None if it has no score or runs elsewhere. Raises JobFailed after the failure was
+    recorded in the job's directory.
     """
     hydra: Any = HydraConfig.get()
     check_command(config, hydra)
@@ -93,8 +95,10 @@ def run_job(config: DictConfig) -> float | None:
             if sweep.current is None or sweep.current.total is not None:
                 return None  # the command waits for it when the other jobs are done
             sweep.wait(directory)  # the sweeper wants the value before it chooses the next job
-    metrics = read_json(directory / "result.json").get("metrics", {})
-    score = metrics.get((resolved.get("monitor") or {}).get("metric"))
+    result = read_json(directory / "result.json")
+    if result.get("diverged"):
+        return math.nan
+    score = result.get("metrics", {}).get((resolved.get("monitor") or {}).get("metric"))
     return None if score is None else float(score)
 
 

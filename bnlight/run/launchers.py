@@ -183,12 +183,14 @@ def require(package: str, preset: str) -> None:
 
 
 def register() -> None:
-    """Make the launchers known to Hydra, whose 1.3 takes plugins from the package hydra_plugins only."""
+    """Make launchers and sweepers known to Hydra, whose 1.3 takes plugins from the package hydra_plugins only."""
+    from bnlight.run.listed import List
     from bnlight.run.parallel import Parallel, RayLocal
+    from bnlight.run.search import Search
     from bnlight.run.submit import Local, Slurm
 
-    for launcher in (Parallel, RayLocal, Local, Slurm):
-        Plugins.instance().class_name_to_class[f"hydra_plugins.bnlight.{launcher.__name__}"] = launcher
+    for plugin in (Parallel, RayLocal, Local, Slurm, Search, List):
+        Plugins.instance().class_name_to_class[f"hydra_plugins.bnlight.{plugin.__name__}"] = plugin
 
 
 @contextlib.contextmanager

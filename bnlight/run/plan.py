@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bnlight.run.job import FINISHED, check_command
 from bnlight.run.lock import owner
 from bnlight.run.status import read_status
 
+looking = False  # this process shows a plan
 CHOOSES_ITSELF = "{sweeper} chooses each job by the results of those before, so none can be listed."
 
 
@@ -34,10 +36,22 @@ def show_plan(arguments: list[str], config_name: str, folder: Path | None) -> No
     def look(config: DictConfig) -> None:
         _look(config, counts)
 
-    with contextlib.suppress(_Enough):
+    with contextlib.suppress(_Enough), _looking():
         run_hydra([*given, "hydra/launcher=basic"], config_name, folder, task=look)
+        if not counts:  # the sweeper has said why
+            return
         total = sum(counts.values())
         print(f"{total} jobs: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+
+
+@contextlib.contextmanager
+def _looking() -> Iterator[None]:
+    global looking
+    looking = True
+    try:
+        yield
+    finally:
+        looking = False
 
 
 def _look(config: DictConfig, counts: dict[str, int]) -> None:
@@ -47,7 +61,7 @@ def _look(config: DictConfig, counts: dict[str, int]) -> None:
         directory.rmdir()  # Hydra has made it; one that holds anything stays
     check_command(config, hydra)
     sweeper = hydra.sweeper._target_.rsplit(".", 1)[-1]
-    if hydra.mode.name == "MULTIRUN" and sweeper != "BasicSweeper":
+    if hydra.mode.name == "MULTIRUN" and sweeper not in ("BasicSweeper", "List"):
         print(CHOOSES_ITSELF.format(sweeper=sweeper))
         raise _Enough
     state, what, why = _outlook(directory, config.rerun)

@@ -14,6 +14,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from bnlight.run.command import journal
+from bnlight.run.listed import each_job
 from bnlight.run.lock import owner
 from bnlight.run.status import read_status
 
@@ -92,11 +93,14 @@ def duration(seconds: float) -> str:
 
 def _count(config: DictConfig) -> int | None:
     sweeper = config.hydra.sweeper
-    if not sweeper._target_.endswith(".BasicSweeper"):
+    listed = sweeper._target_ == "hydra_plugins.bnlight.List"
+    if not listed and not sweeper._target_.endswith(".BasicSweeper"):
         return None
     arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
     try:
         overrides = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
+        if listed:
+            return len(each_job(sweeper.jobs, overrides))
         return sum(len(batch) for batch in BasicSweeper.split_arguments(overrides, None))
     except HydraException:  # glob() needs the config loader, which a callback does not have
         return None

@@ -1,0 +1,47 @@
+"""A sweep whose jobs are listed one by one: what no grid can say."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+
+class List(BasicSweeper):
+    """Hydra's sweeper over `jobs`, each the overrides of one job as on the command line, quoted as in a shell.
+
+    `params` and the command line hold for every job and win over what the job says; where one of them, or a job,
+    has several values (`seed=0,1,2`), each job runs with each.
+    """
+
+    def __init__(self, jobs: Sequence[str], max_batch_size: int | None = None, params: Any = None) -> None:
+        super().__init__(max_batch_size, params)
+        self.jobs = list(jobs)
+
+    def split_arguments(  # type: ignore[override]
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        """Hydra's hook: the overrides of all jobs, in batches."""
+        every = each_job(self.jobs, overrides)
+        if max_batch_size is None:
+            return [every]
+        return list(self.split_overrides_to_chunks(every, max_batch_size))
+
+
+def each_job(jobs: Sequence[str], common: list[Override]) -> list[list[str]]:
+    """The overrides of every job. Raises CommandError if there is none, Hydra's own error for what is no override."""
+    from bnlight.run.job import CommandError
+
+    if not jobs:
+        raise CommandError('the list has no jobs: hydra.sweeper.jobs=["norm=batch optimizer.lr=0.1", ...]')
+    parser = OverridesParser.create()
+    found = []
+    for job in jobs:
+        own = parser.parse_overrides(shlex.split(job))
+        (batch,) = BasicSweeper.split_arguments([*own, *common], None)
+        found += batch
+    return found
