@@ -98,8 +98,8 @@ class RayLocal(BnlightLauncher):
         import ray
 
         returns: dict[int, JobReturn] = {}
-        # The leases say which GPU a job has, and ray leaves the environment alone.
-        with environment(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"):
+        # The leases say which GPU a job has, so ray leaves the environment alone; each line is said as it is.
+        with environment(RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0", RAY_DEDUP_LOGS="0"):
             ray.init(**self.options["init"])
         try:
             call = ray.remote(_in_ray).options(max_retries=0, **self.options["remote"])
