@@ -57,3 +57,34 @@ def test_a_dressed_module_is_copied_and_pickled_with_its_dress():
         assert twin.weight is not layer.weight
         x = torch.ones(1, 2)
         assert torch.equal(twin(x), layer(x))
+
+
+def test_a_lazy_module_keeps_its_dress_when_it_becomes_what_it_will_be():
+    layer = nn.LazyLinear(2)
+    dress(layer, Double)
+    x = torch.ones(1, 3)
+    y = layer(x)
+    assert isinstance(layer, nn.Linear)
+    assert worn(layer) == (Double,)
+    undress(layer, Double)
+    assert type(layer) is nn.Linear
+    assert torch.equal(y, 2 * layer(x))
+
+
+def test_a_dress_may_be_put_over_another_class_and_still_gives_back_the_modules_own():
+    class Quiet(Dress):
+        @classmethod
+        def over(cls, plain):
+            return (nn.Identity,)
+
+    layer = nn.Dropout(0.5)
+    dress(layer, Double)
+    dress(layer, Quiet)
+    for twin in (layer, copy.deepcopy(layer)):
+        assert not isinstance(twin, nn.Dropout)
+        assert plain_class(twin) is nn.Dropout
+        assert twin(3) == 6
+    undress(layer, Quiet)
+    undress(layer, Double)
+    undress(layer, Double)  # never dressed so
+    assert type(layer) is nn.Dropout
