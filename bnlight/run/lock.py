@@ -20,6 +20,7 @@ from typing import IO, Any
 
 STALE_SECONDS = 120.0  # an owner on another host that has been silent for longer is a dead one
 SECONDS_BETWEEN_BEATS = 15.0
+LENGTH = 400  # of what an owner writes: process, host, turn
 ATTEMPTS, SECONDS_BETWEEN_ATTEMPTS = 5, 0.1  # a reader that only looks holds the lock for an instant
 
 
@@ -133,10 +134,9 @@ def _read(lock: IO[str]) -> dict[str, Any]:
 
 
 def _write(lock: IO[str], content: dict[str, Any]) -> None:
-    lock.seek(0)
-    lock.truncate()
-    lock.write(json.dumps(content))
-    lock.flush()
+    """Write over what is there in one piece, always of one length: a reader never finds a part of it."""
+    with open(lock.name, "r+b", buffering=0) as file:  # noqa: PTH123 - "a" would append
+        file.write(json.dumps(content).ljust(LENGTH).encode())
 
 
 def _beat(path: Path, stop: threading.Event) -> None:
