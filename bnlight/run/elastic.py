@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing import api as multiprocessing
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from bnlight.run.command import DIED
+from bnlight.run.command import DIED, STOPPED_BY_SIGNAL
 from bnlight.run.processes import die_with_parent, ended_how, parenthood
 from bnlight.run.status import read_json, update_status
 
@@ -69,6 +69,8 @@ def _launch(directory: Path, processes: int, label: list[str], scratch: str) -> 
     try:
         elastic_launch(config, sys.executable)("-m", "bnlight.run.rank", str(directory), *label)
     except ChildFailedError as error:
+        if error.get_first_failure()[1].exitcode == STOPPED_BY_SIGNAL:
+            return STOPPED_BY_SIGNAL
         what, trace = _first_failure(error, directory)
         update_status(directory, error=what, traceback=trace)
         return 1

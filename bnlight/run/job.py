@@ -204,7 +204,10 @@ def _lead(config: dict[str, Any], directory: Path, label: str, last_alive: float
     begun, used = time.perf_counter(), status["seconds"]
     try:
         _train(config, directory, label)
-        diverged = read_json(directory / "result.json").get("diverged")
+        result = read_json(directory / "result.json")
+        if not result:
+            raise RuntimeError("the training came to an end without a result")
+        diverged = result.get("diverged")
         took = time.perf_counter() - begun
         ended = {"ended": time.time(), "seconds": used + took}
         update_status(directory, state="diverged" if diverged else "done", error=diverged, **ended)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bnlight.lightning.stop import ASKING, Stopped, foreign
+from bnlight.run.command import STOPPED_BY_SIGNAL
 from bnlight.run.started import started
 from bnlight.run.status import read_json
 
@@ -110,6 +111,9 @@ def launch(directory: Path, processes: int, label: str, environment: Mapping[str
             signum: int = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
             raise Stopped(signum, where, getattr(stop, "previous", None)) from None
         raise
+    if code == STOPPED_BY_SIGNAL:  # one that reached a rank and not this process
+        status = read_json(directory / "status.json")
+        raise Stopped(int(status["signum"]), str(status["stopped"]))
     if code < 0:
         raise RankFailed(f"the launcher of the ranks {ended_how(code)}")
     if code > 0:

@@ -11,6 +11,7 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from bnlight.lightning.stop import Stopped
+from bnlight.run.command import STOPPED_BY_SIGNAL
 from bnlight.run.processes import die_with_parent
 from bnlight.run.status import update_status
 
@@ -33,9 +34,10 @@ def main() -> None:
     with log_to(directory / "job.log", rank=rank):
         try:
             train(read_config(directory), directory, label=" ".join(sys.argv[2:]))
-        except Stopped as stop:  # asked by the job's owner, who records it
+        except Stopped as stop:  # the job's owner records it; rank 0 leaves last, so only its code counts
             if rank == 0:
-                update_status(directory, stopped=stop.where)
+                update_status(directory, stopped=stop.where, signum=int(stop.signum))
+                sys.exit(STOPPED_BY_SIGNAL)
 
 
 if __name__ == "__main__":
