@@ -19,6 +19,7 @@ Which normalization should your network use, at your batch size, on your GPUs?
   bnlight sweep norms                                   a sweep from a file, then its comparison
   bnlight doctor norm=batch data.batch_size=4           what is wrong with such a job
   bnlight compare outputs/norms                         the comparison again, from the files
+  bnlight wandb sync outputs/norms                      upload what W&B has written offline
   bnlight test outputs/norms data.shift.noise=0.2       its jobs on shifted test images, or on other data
   bnlight adapt outputs/norms data.shift.noise=0.2      the same, with statistics adapted to those images
 """
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
     # These read their arguments themselves.
     own = {"train": train, "sweep": run_sweep, "bench": bench, "test": test, "adapt": adapt, "doctor": doctor}
+    own |= {"wandb": wandb}
     try:
         if given and given[0] in own:
             return own[given[0]](given[1:])
@@ -68,6 +70,7 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("test", help="test finished jobs on other or shifted data (test --help)")
     commands.add_parser("adapt", help="test them with statistics adapted to those data too (adapt --help)")
     commands.add_parser("doctor", help="say what is wrong with the norms of a job, without running it")
+    commands.add_parser("wandb", help="list W&B runs (wandb ls DIR), upload the offline ones (wandb sync DIR)")
     compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
     compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
     target = "accuracy whose first step is reported (default: 0.9)"
@@ -183,6 +186,13 @@ def adapt(arguments: list[str]) -> int:
     from bnlight.run.evaluate import main as evaluate
 
     return evaluate(arguments, adapt=True)
+
+
+def wandb(arguments: list[str]) -> int:
+    """`bnlight wandb ls|sync DIR`: the W&B runs below a directory, and their upload."""
+    from bnlight.run.offline import main as offline
+
+    return offline(arguments)
 
 
 def print_comparison(directory: Path, target: float = 0.9) -> int:

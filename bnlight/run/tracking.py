@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
 import logging
 import netrc
 import os
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SECONDS_TO_CONNECT = 30.0
+SECONDS_BETWEEN_FLUSHES = 1.0
 _unreachable: list[str] = []  # why this process has given up on W&B's server
 
 Mode = Literal["online", "offline", "disabled", "shared"]
@@ -35,11 +38,15 @@ def wandb_logger(
 
     The run is called after the job, grouped by sweep, typed by norm, and carries the resolved config with the
     norm's name in `norm.name`. `mode=None` is online where W&B has a key (`wandb login`, `WANDB_API_KEY`), else
-    offline; `WANDB_MODE` wins. A server that cannot be reached makes the run an offline one. Call
-    `logger.experiment.finish(exit_code=...)` when the job ends.
+    offline; `WANDB_MODE` wins. A server that cannot be reached makes the run an offline one, which goes on at the
+    step where the last one of this directory has ended. Call `logger.experiment.finish(exit_code=...)` when the job
+    ends.
     """
     import wandb
     from pytorch_lightning.loggers import WandbLogger
+
+    from bnlight.run.continued import ContinuedLogger
+    from bnlight.run.pieces import pieces
 
     job = config["job"]
     chosen = job["choices"]
@@ -57,8 +64,17 @@ def wandb_logger(
         "config": {**config, "norm": {**config.get("norm", {}), "name": chosen.get("norm")}},
         "dir": str(directory),
         "reinit": "finish_previous",
-        "settings": wandb.Settings(console="off", silent=True, init_timeout=SECONDS_TO_CONNECT),
+        "settings": wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=SECONDS_TO_CONNECT,
+            x_save_requirements=False,
+            **_flushing(wandb.Settings),
+        ),
     }
+    earlier = pieces(directory)
+    if mode == "offline":  # the logs of W&B's service too; online, downloads are to be kept for all
+        os.environ.setdefault("WANDB_CACHE_DIR", str(directory.absolute() / "wandb" / ".cache"))
     try:
         run = wandb.init(mode="offline" if _unreachable and mode == "online" else mode, **settings)
     except wandb.errors.CommError as error:  # a job must not fail, or wait each time, for its dashboard
@@ -68,16 +84,44 @@ def wandb_logger(
         run = wandb.init(mode="offline", **settings)
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    if mode != "disabled":
+        _save_requirements(run)
+    if run.offline and earlier:
+        return ContinuedLogger(run, directory, earlier)
     return WandbLogger(experiment=run, save_dir=directory)
+
+
+def _flushing(settings: Any) -> dict[str, Any]:
+    """A killed process loses what W&B has not yet written: stock up to 15 s. Older releases have no such setting."""
+    known = "x_transaction_log_flush_interval" in settings.model_fields
+    return {"x_transaction_log_flush_interval": SECONDS_BETWEEN_FLUSHES} if known else {}
+
+
+def _save_requirements(run: Any) -> None:
+    """The installed packages, as W&B itself saves them; it would look for them again at each run, for 0.15 s."""
+    path = Path(run.dir) / "requirements.txt"
+    path.write_text(_requirements(), encoding="utf-8")
+    run.save(str(path), base_path=run.dir, policy="now")
+
+
+@functools.cache
+def _requirements() -> str:
+    found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
+    return "\n".join(sorted(found, key=str.lower)) + "\n"
+
+
+def server() -> str:
+    """The address of W&B's server, as the environment or W&B's settings say."""
+    import wandb
+
+    return os.environ.get("WANDB_BASE_URL") or str(wandb.Settings().base_url)
 
 
 def logged_in() -> bool:
     """Whether W&B has credentials (environment or netrc), found without asking anybody over the network."""
-    import wandb
-
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url).hostname or ""
+    host = urlsplit(server()).hostname or ""
     files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for file in files:
         with contextlib.suppress(FileNotFoundError, netrc.NetrcParseError):
