@@ -186,16 +186,19 @@ def test_a_job_that_slurm_takes_back_goes_on_where_it_was(project: Path, how: st
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        wait_for(lambda: list(project.glob("outputs/train/*/status.json")))
-        wait_for(lambda: all((job / "metrics.csv").exists() for job in project.glob("outputs/train/*seed*")))
         count = 2 if how == "requeue" else 1
         wait_for(lambda: len(list(project.glob("outputs/train/*/metrics.csv"))) == count)
         time.sleep(2)
         jobs = [path.parent for path in project.glob("outputs/train/*/metrics.csv")]
         ids = [read_status(job)["wandb_id"] for job in jobs]
-        (array,) = {path.name.split("_")[0] for path in project.glob("outputs/train/.submitit/*")}
+        folders = [path.name for path in project.glob("outputs/train/.submitit/*") if path.is_dir()]
+        (array,) = {name.split("_")[0] for name in folders}
         if how == "requeue":
             subprocess.run(["scontrol", "requeue", array], check=True)
+            wait_for(lambda: {read_status(job)["state"] for job in jobs} == {"preempted"})
+            time.sleep(1)
+            now = ["scontrol", "update", f"JobId={array}", "StartTime=now"]  # SLURM would wait for two minutes
+            wait_for(lambda: subprocess.run(now, capture_output=True, check=False).returncode == 0)
         elif "USR2" in how:
             subprocess.run(["scancel", "--signal=USR2", array], check=True)
         wait_for(lambda: all(read_status(job).get("attempt") == 2 for job in jobs), 150)
@@ -221,7 +224,6 @@ def test_a_job_that_slurm_takes_back_goes_on_where_it_was(project: Path, how: st
 
 
 def test_a_job_that_slurm_kills_is_failed_and_one_that_waits_is_not(project: Path) -> None:
-    # 16 CPUs on each of two nodes' 8: the job is never started; seed 1's process is killed
     (project / "mine.py").write_text(
         "import os\nfrom bnlight.data import Digits\n\nclass Data(Digits):\n    def setup(self, stage):\n"
         "        os.kill(os.getpid(), 9)\n"

@@ -150,7 +150,7 @@ class Slurm(_Submitit):
 
     def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
         with _outside():
-            submitted = self.executor().map_array(_call, jobs)
+            submitted = self.executor().submit_array(jobs)  # whose `checkpoint` submitit calls
         tasks = {task.job_id: task for task in submitted}
         left = dict(zip(tasks, jobs, strict=True))
         folder = next(iter(tasks.values())).paths.folder.parent
@@ -187,10 +187,6 @@ class Slurm(_Submitit):
             _cancel(left)
             raise
         return returns
-
-
-def _call(job: Job) -> JobReturn:
-    return job()
 
 
 def queue(arrays: list[str]) -> dict[str, str]:

@@ -80,7 +80,10 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
         exit_code = 0
     finally:
         if tracker is not None:
-            tracker.experiment.finish(exit_code=exit_code)
+            try:
+                tracker.experiment.finish(exit_code=exit_code)
+            except Exception as error:  # SLURM's SIGTERM reaches W&B's process too, which then is gone
+                log.warning("W&B could not be told of the end: %s", error)
 
 
 def build_trainer(
