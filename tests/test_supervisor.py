@@ -207,7 +207,7 @@ def test_ctrl_c_of_a_terminal_reaches_the_worker_once(ours: Path) -> None:
 
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "bnlight", "train", "-m", *CUSTOM, "trainer.max_epochs=3000", "seed=0,1"]
-    code = f"import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({sys.executable!r}, {command!r})"
+    code = f"import fcntl, os, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({command[0]!r}, {command!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ours,
