@@ -15,9 +15,10 @@ import pytest
 import yaml
 from conftest import SMALL
 from wandb_file import records
+from wandb_server import serving
 
 from bnlight.cli import main
-from bnlight.run.offline import find_runs
+from bnlight.run.offline import command, find_runs
 from bnlight.run.pieces import pieces
 
 # A norm that kills its process without a word, at the numbers of training forwards that KILL_AT lists.
@@ -65,7 +66,7 @@ def history(piece: Path) -> list[dict[str, float]]:
 
 
 def test_a_job_that_was_killed_twice_has_every_step_in_order_and_one_run(
-    killed_twice: Path, capsys: pytest.CaptureFixture[str]
+    killed_twice: Path, bnlight: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = killed_twice
     with (job / "metrics.csv").open(newline="") as file:
@@ -104,6 +105,15 @@ def test_a_job_that_was_killed_twice_has_every_step_in_order_and_one_run(
     assert "3 pieces to upload" in said
     assert main(["wandb", "sync", "outputs", "--dry-run"]) == 0
     commands = capsys.readouterr().out.splitlines()
+    with serving() as server:
+        there = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url}
+        done = bnlight("wandb", "sync", "outputs", **there)
+        assert done.returncode == 0, done.stderr
+        assert {*server.begun} == {found[0].run_id}
+        (received,) = server.history.values()
+        losses = [row["trainer/global_step"] for _, row in sorted(received.items()) if "train/loss" in row]
+        assert losses == list(range(1, 21))
+        assert bnlight("wandb", "sync", "outputs", **there).stdout == ""  # uploaded before
     assert [Path(line.split()[-1]).name for line in commands] == [piece.directory.name for piece in found]
 
 
@@ -118,9 +128,9 @@ def test_a_job_has_one_run_and_nothing_lies_outside_of_its_directory(
     for folder in homes.values():
         folder.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
-    command = [sys.executable, *launcher, "train", *TRACKED, *ranks]
+    train = [sys.executable, *launcher, "train", *TRACKED, *ranks]
     done = subprocess.run(
-        command, env=environment | {name: str(folder) for name, folder in homes.items()},
+        train, env=environment | {name: str(folder) for name, folder in homes.items()},
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -174,25 +184,40 @@ def test_what_cannot_be_uploaded_is_named(
     assert "0 pieces to upload" in capsys.readouterr().out
 
 
-def test_an_upload_that_fails_says_so_and_keeps_the_order(
-    project: Path, capfd: pytest.CaptureFixture[str]
+def test_an_upload_that_fails_says_so_where_wandb_itself_leaves_with_0(
+    bnlight: Command, project: Path
 ) -> None:
     assert main(["train", *TRACKED]) == 0
     (run,) = find_runs([project / "outputs"])
-    environment = os.environ | {
-        "WANDB_API_KEY": "0" * 40,
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-        "WANDB_HTTP_TIMEOUT": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "bnlight", "wandb", "sync", "outputs"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    assert f"{run.pieces[0].directory.name}: `wandb sync` left with" in done.stderr
+    (piece,) = run.pieces
+    with serving() as server:
+        server.refuses = True
+        there = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url}
+        stock = subprocess.run(
+            [sys.executable, "-m", *command(piece)], env=os.environ | there, capture_output=True, check=False
+        )
+        assert stock.returncode == 0
+        done = bnlight("wandb", "sync", "outputs", **there)
+        assert done.returncode == 1
+        assert f"{piece.directory.name}: `wandb sync` left with" in done.stderr
+    gone = bnlight("wandb", "sync", "outputs", **there, timeout=30)
+    assert gone.returncode == 2
+    assert "cannot be reached" in gone.stderr
+
+
+def test_stock_pieces_of_one_run_start_at_step_0_again(project: Path) -> None:
+    script = """
+import wandb
+quiet = wandb.Settings(console="off", silent=True)
+for _ in range(2):
+    with wandb.init(mode="offline", id="stock", resume="allow", settings=quiet) as run:
+        run.log({"loss": 1})
+        run.log({"loss": 2})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    (run,) = find_runs([project])
+    assert [(piece.first, piece.last) for piece in run.pieces] == [(0, 1), (0, 1)]
+    assert "overlap" in run.problems()[0]
 
 
 def test_a_file_that_is_cut_off_anywhere_is_read_up_to_there(project: Path) -> None:
