@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from bnlight.run.pieces import Piece, read_piece
 from bnlight.run.status import read_status
@@ -157,6 +157,9 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if not options.dry_run and any(run.waiting for run in runs) and (silent := _unreachable()):
+        print(silent, file=sys.stderr)
+        return 2
     return sync(runs, options.dry_run)
 
 
@@ -165,8 +168,8 @@ def _unreachable() -> str:
     from bnlight.run.tracking import server
 
     url = urlsplit(server())
-    if getproxies().get(url.scheme):
-        return ""
+    if getproxies().get(url.scheme) and not proxy_bypass(url.hostname or ""):
+        return ""  # the proxy decides
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((url.hostname or "", port), timeout=SECONDS_TO_CONNECT).close()
