@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
     # These read their arguments themselves.
     own = {"train": train, "sweep": run_sweep, "bench": bench, "test": test, "adapt": adapt, "doctor": doctor}
-    own |= {"wandb": wandb}
+    own |= {"wandb": wandb, "prune": prune}
     try:
         if given and given[0] in own:
             return own[given[0]](given[1:])
@@ -71,6 +71,7 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("adapt", help="test them with statistics adapted to those data too (adapt --help)")
     commands.add_parser("doctor", help="say what is wrong with the norms of a job, without running it")
     commands.add_parser("wandb", help="list W&B runs (wandb ls DIR), upload the offline ones (wandb sync DIR)")
+    commands.add_parser("prune", help="remove the checkpoints of finished jobs but the best (prune --help)")
     compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
     compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
     target = "accuracy whose first step is reported (default: 0.9)"
@@ -81,6 +82,7 @@ def command_line() -> argparse.ArgumentParser:
 def train(arguments: list[str], config_name: str = "train", folder: Path | None = None) -> int:
     """`bnlight train`: Hydra's command line over the primary config, and the comparison if it was a sweep."""
     from bnlight.run import sweep
+    from bnlight.run.agent import of_agent, overrides
     from bnlight.run.application import run_hydra
     from bnlight.run.command import begin_pass, command
     from bnlight.run.job import CommandError, FailFast, JobFailed
@@ -91,6 +93,8 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
     given = [OPTIONS.get(argument, argument) for argument in arguments]
     failed = 0
     try:
+        if of_agent() and config_name == "train":
+            given = overrides(given)
         if "--dry-run" in given:
             show_plan([argument for argument in given if argument != "--dry-run"], config_name, folder)
             return 0
@@ -193,6 +197,13 @@ def wandb(arguments: list[str]) -> int:
     from bnlight.run.offline import main as offline
 
     return offline(arguments)
+
+
+def prune(arguments: list[str]) -> int:
+    """`bnlight prune DIR`: remove the checkpoints of finished jobs that nothing will need."""
+    from bnlight.run.prune import main as remove
+
+    return remove(arguments)
 
 
 def print_comparison(directory: Path, target: float = 0.9) -> int:

@@ -20,12 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnlight.lightning.stop import Stopped, seconds
 from bnlight.run import sweep
+from bnlight.run.agent import run_id
 from bnlight.run.agree import agree
 from bnlight.run.command import note, of_this_command, told
 from bnlight.run.devices import devices_of, lease
 from bnlight.run.identity import choices, identity
 from bnlight.run.processes import RankFailed, WrongDevices, already_started, launch, processes_of, this_rank
 from bnlight.run.started import WrongRanks, check_ranks, follow, go, leading, meeting, together
+from bnlight.run.prune import KEEP, remove, superfluous
 from bnlight.run.status import (
     JobBusy,
     own,
@@ -145,6 +147,10 @@ def check_command(config: DictConfig, hydra: Any) -> None:
         raise CommandError(f"rerun={config.rerun} is unknown; choose one of null, failed, all")
     if config.progress not in STYLES:
         raise CommandError(f"progress={config.progress} is unknown; choose one of {', '.join(STYLES)}")
+    if config.get("keep_checkpoints", "all") not in KEEP:
+        raise CommandError(
+            f"keep_checkpoints={config.keep_checkpoints} is unknown; choose one of {', '.join(KEEP)}"
+        )
     if (config.get("monitor") or {}).get("mode", "max") not in ("max", "min"):
         raise CommandError(f"monitor.mode={config.monitor.mode} is unknown; choose one of max, min")
     for key in ("time_limit", "stall_limit"):
@@ -190,7 +196,7 @@ def _lead(config: dict[str, Any], directory: Path, label: str, last_alive: float
     status |= {
         "state": "running",
         "attempt": status.get("attempt", 0) + 1,
-        "wandb_id": status.get("wandb_id") or secrets.token_hex(4),
+        "wandb_id": run_id() or status.get("wandb_id") or secrets.token_hex(4),
         "seconds": 0.0 if state == "failed" else status.get("seconds", 0.0),
         "started": time.time(),
         "error": None,
@@ -211,6 +217,7 @@ def _lead(config: dict[str, Any], directory: Path, label: str, last_alive: float
         took = time.perf_counter() - begun
         ended = {"ended": time.time(), "seconds": used + took}
         update_status(directory, state="diverged" if diverged else "done", error=diverged, **ended)
+        remove(superfluous(directory, config.get("keep_checkpoints", "all")))
     except KeyboardInterrupt as stop:
         how = stop.state if isinstance(stop, Stopped) else "interrupted"
         stopped = stop.where if isinstance(stop, Stopped) else ""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +27,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from bnlight.lightning.stop import Stopped
 from bnlight.run import identity, searchpath, sweep
 from bnlight.run.command import note, of_this_command
 from bnlight.run.job import FINISHED, CommandError, FailFast, JobFailed
 from bnlight.run.status import read_status, update_status
 
 # What each launcher needs beside bnlight's own dependencies, and the extra that brings it.
+SECONDS_TO_BE_KILLED = 300.0  # SLURM's grace time and KillWait are shorter
 EXTRAS = {"cloudpickle": "parallel", "submitit": "slurm", "ray": "ray"}
 
 
@@ -56,10 +60,17 @@ class Job:
         _restore("CUDA_VISIBLE_DEVICES", self.visible)  # ray and submitit_local have their own ideas of it
         identity.register()
         searchpath.register()
+        slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        if slurm:  # submitit passes SIGTERM over, though scancel and `scontrol requeue` send nothing else
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             return self.here()
         except FailFast as failure:  # the launching process ends the sweep
             return not_done(self, str(failure))
+        except Stopped as stop:
+            if slurm and stop.signum == signal.SIGTERM:
+                _wait_for_the_end()
+            raise
 
     def here(self) -> JobReturn:
         """Run the job in this process, which has Hydra's state already."""
@@ -168,6 +179,15 @@ class BnlightLauncher(Launcher):
         return (state in FINISHED and rerun != "all") or (state == "failed" and rerun is None)
 
 
+def _wait_for_the_end() -> None:
+    """After SIGTERM and its checkpoint: SLURM queues a preempted job again only if it has not ended by itself.
+
+    submitit's handler is back by now: its signal, should it come, queues the job again at once.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(SECONDS_TO_BE_KILLED)
+
+
 def not_done(job: Job, why: str) -> JobReturn:
     """The return of a job that has no result."""
     returned = JobReturn(overrides=job.overrides, status=JobStatus.FAILED)
@@ -191,6 +211,8 @@ def register() -> None:
 
     for plugin in (Parallel, RayLocal, Local, Slurm, Search, List):
         Plugins.instance().class_name_to_class[f"hydra_plugins.bnlight.{plugin.__name__}"] = plugin
+    # Optuna 2's first import of SQLAlchemy, which Hydra 1.3 does for a sampler before any sweeper is asked
+    warnings.filterwarnings("ignore", "Deprecated API features detected")
 
 
 @contextlib.contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.plugins.sweeper import Sweeper
 
 
-class List(BasicSweeper):
+class List(Sweeper):
     """Hydra's sweeper over `jobs`, each the overrides of one job as on the command line, quoted as in a shell.
 
     `params` and the command line hold for every job and win over what the job says; where one of them, or a job,
@@ -19,21 +19,30 @@ class List(BasicSweeper):
     """
 
     def __init__(self, jobs: Sequence[str], max_batch_size: int | None = None, params: Any = None) -> None:
-        super().__init__(max_batch_size, params)
-        self.jobs = list(jobs)
+        from hydra._internal.core_plugins.basic_sweeper import (
+            BasicSweeper,
+        )  # Hydra loads it anew as it starts
 
-    def split_arguments(  # type: ignore[override]
-        self, overrides: list[Override], max_batch_size: int | None
-    ) -> list[list[list[str]]]:
-        """Hydra's hook: the overrides of all jobs, in batches."""
+        self.jobs = list(jobs)
+        self.stock = cast("Any", BasicSweeper(max_batch_size, params))
+        self.stock.split_arguments = self._batches
+
+    def setup(self, **parts: Any) -> None:
+        self.stock.setup(**parts)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        return self.stock.sweep(arguments)
+
+    def _batches(self, overrides: list[Override], size: int | None) -> list[list[list[str]]]:
+        """In place of the product of all overrides."""
         every = each_job(self.jobs, overrides)
-        if max_batch_size is None:
-            return [every]
-        return list(self.split_overrides_to_chunks(every, max_batch_size))
+        return [every] if size is None else list(self.stock.split_overrides_to_chunks(every, size))
 
 
 def each_job(jobs: Sequence[str], common: list[Override]) -> list[list[str]]:
     """The overrides of every job. Raises CommandError if there is none, Hydra's own error for what is no override."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
     from bnlight.run.job import CommandError
 
     if not jobs:

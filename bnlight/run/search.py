@@ -45,13 +45,11 @@ class Search(Sweeper):
         self.options = options
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna 2 uses what SQLAlchemy has moved
-            import optuna
-            from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
+        import optuna
+        from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
-            optuna.logging.set_verbosity(logging.WARNING)
-            plugin = OptunaSweeper(**self.options)
+        optuna.logging.set_verbosity(logging.WARNING)
+        plugin = OptunaSweeper(**self.options)
         plugin.setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.context, self.root, self.stock = hydra_context, config, cast("Any", plugin.sweeper)
         self.folder = Path(config.hydra.sweep.dir)
@@ -138,12 +136,7 @@ class Search(Sweeper):
         """How many trials are to be begun; those of dead processes, and failed ones to retry, queue first."""
         from optuna.trial import TrialState
 
-        latest: dict[int, Any] = {}  # the last try under each number
-        numbers = self._numbers()
-        for trial in self._trials():
-            number = numbers.get(trial.number, trial.number)
-            if number is not None:
-                latest[number] = trial
+        latest = self._latest()
         held = len(latest)
         for number, trial in latest.items():
             retry = _has_failed(trial) and self._is_to_retry(trial)
@@ -151,10 +144,12 @@ class Search(Sweeper):
                 self.study.tell(trial.number, state=TrialState.FAIL)
                 retry = True
             if retry and not trial.params:  # it died before it had values
-                self._number(trial.number, None)
+                self._renumber(trial.number, None)
             elif retry:
-                self.study.enqueue_trial(trial.params)
-                self._number(self._trials()[-1].number, number)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # an experiment in Optuna 2, no longer in 3
+                    self.study.enqueue_trial(trial.params)
+                self._renumber(self._trials()[-1].number, number)
             held -= retry or trial.state == TrialState.WAITING
         return int(self.n_trials - held)
 
@@ -164,12 +159,24 @@ class Search(Sweeper):
     def _is_to_retry(self, trial: Any) -> bool:
         return self.base.get("rerun") == "failed" and bool(trial.datetime_complete.timestamp() < self.since)
 
-    def _numbers(self) -> dict[int, int | None]:
-        """Under which number a trial of the study is a try, where it is not its own; None: it never was one."""
+    def _latest(self) -> dict[int, Any]:
+        """The last try under each number."""
+        found = {self._number_of(trial): trial for trial in self._trials()}
+        return {number: trial for number, trial in found.items() if number is not None}
+
+    def _number_of(self, trial: Any) -> int | None:
+        """Counted without the tries that took up another; None for a trial that died before it had values."""
+        others = self._others()
+        if trial.number in others:
+            return others[trial.number]
+        return int(trial.number - sum(other < trial.number for other in others))
+
+    def _others(self) -> dict[int, int | None]:
+        """The trials of the study that have another one's number, or none."""
         return {int(key): value for key, value in self.study.user_attrs.get("numbers", {}).items()}
 
-    def _number(self, trial: int, number: int | None) -> None:
-        numbers = self._numbers() | {trial: number}
+    def _renumber(self, trial: int, number: int | None) -> None:
+        numbers = self._others() | {trial: number}
         self.study.set_user_attr("numbers", {str(key): value for key, value in numbers.items()})
 
     def _chosen(self, config: DictConfig, trial: Any) -> None:
@@ -178,7 +185,7 @@ class Search(Sweeper):
             self.extend(config, trial)
         trial.set_user_attr("worker", self.worker)
         if not self.trials:
-            self.stock.job_idx = self._numbers().get(trial.number, trial.number)
+            self.stock.job_idx = self._number_of(trial)
         self.trials.append(trial)
 
     def _batch(self, arguments: list[str]) -> None:
@@ -207,10 +214,7 @@ class Search(Sweeper):
             best = self.study.best_trial
             chosen = " ".join(f"{key}={value}" for key, value in best.params.items())
             print(f"Best {self.base.monitor.metric} {best.value:.4g} with {chosen}", flush=True)
-        numbers = self._numbers()
-        latest = {numbers.get(t.number, t.number): t for t in self._trials()}
-        latest.pop(None, None)
-        failed = [t for t in latest.values() if t.state.name == "FAIL" and not t.user_attrs.get("diverged")]
+        failed = [number + 1 for number, trial in self._latest().items() if _has_failed(trial)]
         if failed:
             raise JobFailed(f"{len(failed)} trials have failed")
 

@@ -94,6 +94,8 @@ def duration(seconds: float) -> str:
 def _count(config: DictConfig) -> int | None:
     sweeper = config.hydra.sweeper
     listed = sweeper._target_ == "hydra_plugins.bnlight.List"
+    if listed and not sweeper.jobs:  # the sweeper says so
+        return None
     if not listed and not sweeper._target_.endswith(".BasicSweeper"):
         return None
     arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]

@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import netrc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -45,6 +45,7 @@ def wandb_logger(
     import wandb
     from pytorch_lightning.loggers import WandbLogger
 
+    from bnlight.run.agent import of_agent
     from bnlight.run.continued import ContinuedLogger
     from bnlight.run.pieces import pieces
 
@@ -72,6 +73,9 @@ def wandb_logger(
             **_flushing(wandb.Settings),
         ),
     }
+    if of_agent():  # it has begun the run, in the sweep's project
+        for name in ("project", "entity", "id"):
+            del settings[name]
     earlier = pieces(directory)
     if mode == "offline":  # the logs of W&B's service too; online, downloads are to be kept for all
         os.environ.setdefault("WANDB_CACHE_DIR", str(directory.absolute() / "wandb" / ".cache"))
@@ -86,9 +90,28 @@ def wandb_logger(
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     if mode != "disabled":
         _save_requirements(run)
-    if run.offline and earlier:
-        return ContinuedLogger(run, directory, earlier)
-    return WandbLogger(experiment=run, save_dir=directory)
+    logger = (
+        ContinuedLogger(run, directory, earlier)
+        if run.offline and earlier
+        else WandbLogger(experiment=run, save_dir=directory)
+    )
+    logger.log_metrics = _tolerant(logger.log_metrics)  # type: ignore[method-assign]
+    return logger
+
+
+def _tolerant(write: Callable[..., None]) -> Callable[..., None]:
+    """W&B's own process may be gone (SLURM's SIGTERM reaches it too): the job goes on, metrics.csv has it all."""
+    gone: list[Exception] = []
+
+    def log_metrics(*arguments: Any, **named: Any) -> None:
+        try:
+            if not gone:
+                write(*arguments, **named)
+        except (OSError, RuntimeError) as error:
+            gone.append(error)
+            log.warning("W&B takes no more metrics of this job: %s", error)
+
+    return log_metrics
 
 
 def _flushing(settings: Any) -> dict[str, Any]:
