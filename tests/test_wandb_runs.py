@@ -109,6 +109,7 @@ def test_a_job_that_was_killed_twice_has_every_step_in_order_and_one_run(
         there = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url}
         done = bnlight("wandb", "sync", "outputs", **there)
         assert done.returncode == 0, done.stderr
+        assert {path.name for path in Path.cwd().iterdir()} <= {"mine.py", "__pycache__", "outputs"}
         assert {*server.begun} == {found[0].run_id}
         (received,) = server.history.values()
         losses = [row["trainer/global_step"] for _, row in sorted(received.items()) if "train/loss" in row]

@@ -26,8 +26,8 @@ from bnlight.run.command import note, of_this_command, told
 from bnlight.run.devices import devices_of, lease
 from bnlight.run.identity import choices, identity
 from bnlight.run.processes import RankFailed, WrongDevices, already_started, launch, processes_of, this_rank
-from bnlight.run.started import WrongRanks, check_ranks, follow, go, leading, meeting, together
 from bnlight.run.prune import KEEP, remove, superfluous
+from bnlight.run.started import WrongRanks, check_ranks, follow, go, leading, meeting, together
 from bnlight.run.status import (
     JobBusy,
     own,

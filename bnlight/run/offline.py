@@ -119,7 +119,7 @@ def sync(runs: Sequence[Run], dry_run: bool) -> int:
             print(shlex.join(command(piece)), flush=True)
             if dry_run:
                 continue
-            code = subprocess.run([sys.executable, "-m", *command(piece)], check=False).returncode
+            code = _upload(piece)
             if code or not piece.synced:
                 left.append(
                     f"{piece.directory}: `wandb sync` left with exit code {code}; later pieces wait for it"
@@ -128,6 +128,12 @@ def sync(runs: Sequence[Run], dry_run: bool) -> int:
     for problem in left:
         print(f"not uploaded: {problem}", file=sys.stderr)
     return int(bool(left))
+
+
+def _upload(piece: Piece) -> int:
+    """Run `wandb sync`; its own log goes beside the piece instead of into the working directory."""
+    environment = os.environ | {"WANDB_DIR": str(piece.directory.resolve().parent.parent)}
+    return subprocess.run([sys.executable, "-m", *command(piece)], env=environment, check=False).returncode
 
 
 def main(arguments: Sequence[str]) -> int:
