@@ -42,7 +42,7 @@ SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
 ReturnToService=2
-KillWait=20
+KillWait=8
 SlurmctldPidFile={box}/slurmctld.pid
 SlurmdPidFile={box}/slurmd-%n.pid
 SlurmdSpoolDir={box}/spool-%n
