@@ -87,6 +87,16 @@ def test_a_test_without_changes_is_that_of_the_training(jobs: Path) -> None:
         assert row["metrics"] == pytest.approx(row["trained"])
 
 
+def test_a_job_with_averaged_weights_tests_the_averages(project: Path) -> None:
+    average = [
+        "+callbacks.ema._target_=pytorch_lightning.callbacks.EMAWeightAveraging",
+        "+callbacks.ema.decay=0.9",
+    ]
+    assert main(["train", *SMALL, *average]) == 0
+    (row,) = rows_of("test", "outputs/train").values()
+    assert row["metrics"] == pytest.approx({name: row["trained"][name] for name in row["metrics"]}, abs=1e-6)
+
+
 def test_adapted_statistics_are_those_of_the_shifted_test_images(
     jobs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ from bnlight.norm import (
     weight_norm,
     weight_standardization,
 )
-from bnlight.surgery import fold, fold_norm
+from bnlight.surgery import fold, fold_norm, freeze_norm, sync_norm
 from bnlight.surgery.parameters import TORCH_NORMS
 
 with warnings.catch_warnings():
@@ -535,6 +535,16 @@ class Module(pl.LightningModule):
         return self.net(x)
 
 
+def test_synchronized_and_frozen_norms_fold() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    for norm in (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm):
+        model = trained(nn.Sequential(nn.Conv2d(3, 5, 3), norm(5)))
+        for change in (sync_norm, freeze_norm):
+            folded = fold_norm(change(model))
+            assert folded.fold_report.kept == {}
+            assert error(model, folded, x) < 1e-6
+
+
 def test_wrapped_and_foreign_models_fold() -> None:
     x = torch.randn(4, 6)
     for model in (Module(), torch.fx.symbolic_trace(trained(MLP((6,), 3, nn.BatchNorm1d, depth=1)))):
@@ -545,6 +555,10 @@ def test_wrapped_and_foreign_models_fold() -> None:
     compiled = fold_norm(torch.compile(inner, backend="eager"))
     assert norms_of(compiled) == []
     assert error(inner, compiled, x) < 1e-6
+    parts = torch.compile(trained(nn.BatchNorm1d(6)), backend="eager"), torch.compile(inner, backend="eager")
+    model = nn.Sequential(nn.Linear(6, 6), *parts)
+    assert norms_of(fold_norm(model)) == []
+    assert error(model, fold_norm(model), x) < 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(nn.Sequential(nn.ReLU()))

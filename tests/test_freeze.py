@@ -97,6 +97,26 @@ def test_lightnings_finetuning_trains_the_norms_it_is_told_to_freeze_and_ours_st
     module = Module()
     freeze_norm(module.backbone)
     assert not moved(module)
+    unfreeze_norm(module)
+    assert all(
+        m.training for m in module.modules()
+    )  # though Lightning has put the flags back that it had read
+
+
+def test_flags_that_were_read_and_put_back_are_no_wish_of_the_owner():
+    model = freeze_norm(net(nn.BatchNorm1d(4), BatchNorm(4)))
+    for mode in (True, False):
+        model.train(mode)
+        read = {module: module.training for module in model.modules()}
+        model.train(not mode)
+        for module, training in read.items():
+            module.training = training
+        assert {type(m): m.training for m in freeze_norm(unfreeze_norm(model)).modules()}[nn.Linear] is mode
+        assert {m.training for m in unfreeze_norm(copy.deepcopy(model)).modules()} == {mode}
+    alone = freeze_norm(nn.BatchNorm1d(4))
+    alone.training = True
+    assert not alone.training
+    assert unfreeze_norm(alone).training
 
 
 LAYERS = {name: (row.make, (8, CHANNELS, 3)) for name, row in ROWS.items()} | {

@@ -5,6 +5,7 @@ import doctest
 import functools
 import gc
 import pickle
+from collections import namedtuple
 
 import pytest
 import torch
@@ -327,6 +328,23 @@ def test_a_shared_layer_stays_one_layer_also_in_lists_and_attributes():
     assert [(row.path, row.shared_with) for row in report] == [("norm1", ""), ("norm2", "norm1")]
     assert str(report).startswith("replaced 1 of 1 norms: 1 BatchNorm2d by GroupNorm\n")
     assert "the same layer as norm1" in str(report)
+
+
+def test_the_new_layer_is_also_in_nested_lists_dicts_tuples_sets_and_methods():
+    Pair = namedtuple("Pair", "layer other")
+    model = conv_net(nn.BatchNorm2d)
+    old = model.norm1
+    model.deep = {"x": (old, 3), "y": [{"z": [old]}], "p": Pair(old, 1)}
+    model.deep["self"] = model.deep
+    model.few, model.call = {old, 1}, old.forward
+    replace_norm(model, "group")
+    new = model.norm1
+    assert model.deep["x"] == (new, 3)
+    assert model.deep["y"] == [{"z": [new]}]
+    assert model.deep["p"] == Pair(new, 1)
+    assert model.few == {new, 1}
+    assert model.call.__self__ is new
+    assert old not in model.modules()
 
 
 def test_shared_parameters_stay_shared_even_in_another_dtype():
@@ -712,6 +730,18 @@ def test_a_compiled_model_is_replaced_inside():
     torch.testing.assert_close(compiled(x), model(x))
     with pytest.raises(ValueError, match="itself a norm"):
         replace_norm(torch.compile(nn.BatchNorm2d(3), backend="eager"), "group")
+
+
+def test_a_norm_that_is_compiled_itself_is_replaced():
+    torch._dynamo.reset()
+    layer = nn.BatchNorm2d(3)
+    model = nn.Sequential(torch.compile(layer, backend="eager")).eval()
+    x = torch.randn(2, 3, 4, 4)
+    keys = [*model.state_dict()]
+    assert torch.equal(model(x), layer(x))
+    assert [row.path for row in replace_norm(model, "instance").replaced] == ["0"]
+    torch.testing.assert_close(model(x), nn.functional.instance_norm(x))
+    assert [*model.state_dict()] == [key for key in keys if key.endswith(("weight", "bias"))]
 
 
 def wrapped(rank_file):

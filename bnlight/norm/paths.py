@@ -14,10 +14,15 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without a wrapper whose forward other ranks or copies take part in."""
-    inner = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
-    assert isinstance(inner, nn.Module)
-    return inner
+    """The model itself, of one that is compiled or that runs on several devices."""
+    while isinstance(model, DistributedDataParallel | DataParallel) or is_compiled(model):
+        model = model._modules["_orig_mod" if is_compiled(model) else "module"]  # type: ignore[assignment]
+    return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module is what torch.compile has made of another one."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
 
 
 def paths_of(model: nn.Module, kinds: tuple[type[M], ...]) -> dict[M, list[str]]:

@@ -118,8 +118,8 @@ def _observed(model: nn.Module, layers: dict[str, nn.Module], training: bool) ->
         back.enter_context(torch.random.fork_rng({t.device for t in tensors if t.device.type == "cuda"}))
         if "torch._dynamo" in sys.modules:  # what is compiled does not see who looks on
             back.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in model.modules():
-            back.callback(setattr, module, "training", module.training)
+        for module in [module for module in model.modules() if module.training]:
+            back.callback(setattr, module, "training", True)
             module.training = False
         yield [_observe(path, layer, training, back) for path, layer in layers.items()]
 
@@ -133,8 +133,10 @@ def _observe(path: str, layer: nn.Module, training: bool, back: ExitStack) -> Po
         for name in ("observer", "meeting", "jitter", "_calls"):
             back.callback(setattr, layer, name, getattr(layer, name))
         layer.observer, layer.meeting, layer.jitter, layer._calls = pool.add, Meeting(), None, Calls()
-        layer.training = training
-        if not training:
+        if training:
+            back.callback(setattr, layer, "training", False)
+            layer.training = True
+        else:
             layer.example_weight = layer.example_var = pool.mean.new_zeros(())
     else:
         # Without them torch normalizes by the batch in evaluation too, and by this rank's alone.

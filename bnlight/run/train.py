@@ -11,8 +11,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from hydra.utils import get_object
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import complete, instantiate
@@ -92,7 +93,7 @@ def build_trainer(
     """The Trainer of the config, with the job's callbacks; what is shown and measured is bnlight's own."""
     folder = str(directory / "checkpoints")
     callbacks = [
-        instantiate(complete(callback, dirpath=folder, every=config["checkpoint_every"]))
+        _callback(callback, dirpath=folder, every=config["checkpoint_every"])
         for callback in config["callbacks"].values()
         if callback
     ]
@@ -123,6 +124,14 @@ def build_trainer(
     return trainer
 
 
+def _callback(config: Mapping[str, Any], **available: Any) -> pl.Callback:
+    """The callback, with what it takes of the job's; `**kwargs` are that only of one that writes checkpoints."""
+    kind = get_object(config["_target_"])
+    saves = isinstance(kind, type) and issubclass(kind, ModelCheckpoint)
+    callback: pl.Callback = instantiate(complete(config, named_only=not saves, **available))
+    return callback
+
+
 def _fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any, checkpoint: str | None) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
@@ -150,6 +159,11 @@ def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[st
         return {}
     if not (is_overridden("test_dataloader", data) or is_overridden("test_dataloader", module)):
         return {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback._average_model = (
+                None  # or Lightning would load the current weights beside the averaged ones
+            )
     trainer.test(module, datamodule=data, ckpt_path=_best(trainer) or None, verbose=False)
     return _metrics(trainer)
 

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 
 class Dress:
@@ -40,6 +41,12 @@ def undress(module: nn.Module, behaviour: type[Dress]) -> None:
 def plain_class(module: object) -> Any:
     """The module's own class, without what it wears."""
     return _made(module).get("_plain", type(module))
+
+
+def own_class(module: object) -> Any:
+    """The class as its author wrote it, without what the module wears and without parametrization."""
+    kind = plain_class(module)
+    return kind.__bases__[0] if kind.__module__ == parametrize.__name__ else kind
 
 
 def worn(module: object) -> tuple[type[Dress], ...]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from bnlight.norm.paths import Patterns, chosen, unwrapped
+from bnlight.norm.paths import Patterns, chosen, is_compiled, unwrapped
 from bnlight.surgery.dress import Dress, dress
 from bnlight.surgery.fold_plan import Plan
 from bnlight.surgery.fold_rules import FoldedNorm, behind, is_norm, materialize, rescale
+from bnlight.surgery.replace_places import exchange
 
 
 @dataclass
@@ -59,7 +60,7 @@ def fold_norm(model: nn.Module, *, exclude: Patterns = None) -> nn.Module:
 
     The copy has the same modules, with an identity in the place of a norm, and in `.fold_report` a `FoldReport`.
     It stays in evaluation: `train()` has no effect on it, so that it can be part of a model that is trained (a
-    teacher). It pickles, exports and compiles as the original does.
+    teacher). It pickles, exports and compiles as the original does; what is compiled there is not so in the copy.
 
     Which output goes where is read from the model's forward by `torch.fx`, called with its default arguments. A
     submodule whose forward cannot be traced (control flow that depends on data) is taken to call its own
@@ -88,10 +89,10 @@ def fold_norm(model: nn.Module, *, exclude: Patterns = None) -> nn.Module:
             raise ValueError(
                 f"fold_norm: '{path}' ({type(module).__name__}) has no values yet; run a batch through the model first"
             )
-    new = copied(net).eval()
+    new = uncompiled(copied(net)).eval()
     norms = {path: module for path, module in new.named_modules() if is_norm(module)}
     left_out = chosen("fold_norm", {m: [path] for path, m in norms.items()}, exclude, None) if exclude else {}
-    plan = Plan(copied(net, share_parameters=True).eval(), {*left_out.values()})
+    plan = Plan(uncompiled(copied(net, share_parameters=True)).eval(), {*left_out.values()})
     for path, layer in ((path, new.get_submodule(path)) for path in {*plan.before, *plan.after}):
         materialize(layer)
         rescale(layer, plan.before.get(path), plan.after.get(path))
@@ -116,6 +117,14 @@ def copied(model: nn.Module, *, share_parameters: bool = False) -> nn.Module:
     memo |= {id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
     memo |= {id(t): None for m in model.modules() if (t := vars(m).get("_trainer")) is not None}
     return copy.deepcopy(model, memo)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model, with its submodules in the places of what torch.compile has made of them."""
+    exchange(
+        model.modules(), {id(module): unwrapped(module) for module in model.modules() if is_compiled(module)}
+    )
+    return model
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from bnlight.norm import BatchNorm, BatchRenorm, FullNorm, MeanOnlyBatchNorm, NoNorm, Norm
 from bnlight.norm.batch import BatchStatistics
-from bnlight.surgery.dress import plain_class
+from bnlight.surgery.dress import own_class
 from bnlight.surgery.parameters import TORCH_NORMS
 
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -77,12 +77,6 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, LAYERS)
 
 
-def own_class(module: nn.Module) -> Any:
-    """The class a module was made of, without what it wears and what computes its weights."""
-    kind = plain_class(module)
-    return kind.__mro__[1] if kind.__name__.startswith("Parametrized") else kind
-
-
 def behind(norm: Any) -> nn.Module:
     """What a norm does besides normalizing, to be left in its place: timm's have dropout and an activation."""
     return nn.Sequential(norm.drop, norm.act) if own_class(norm) in _timm_norms() else nn.Identity()
@@ -102,9 +96,10 @@ def norm_problem(norm: nn.Module) -> str | None:
             return f"{kind.__name__} looks at each sample in evaluation too"
         methods: tuple[str, ...] = EVALUATION
     else:
-        base = nn.SyncBatchNorm if isinstance(norm, nn.SyncBatchNorm) else _BatchNorm
+        # A synchronized SyncBatchNorm is no instance of its class.
+        base = nn.SyncBatchNorm if issubclass(kind, nn.SyncBatchNorm) else _BatchNorm
         base = _InstanceNorm if isinstance(norm, _InstanceNorm) else base
-        base = base if isinstance(norm, base) else None
+        base = base if issubclass(kind, base) else None
         methods = ("forward",)
     if base is None or (isinstance(norm, _InstanceNorm) and not norm.track_running_stats):
         return "it normalizes each sample by its own statistics"

@@ -72,7 +72,7 @@ class Flow:
             try:
                 tracer.graph = tracer.trace(root, defaults or None)
             except Exception as error:  # whatever a forward does with what is no tensor
-                failed = tracer.failed or root
+                failed = root if tracer.failed is None else tracer.failed
                 self.closed[failed] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
                 if failed is root:
                     return None
@@ -184,7 +184,7 @@ class Tracer(fx.Tracer):
         try:
             result = super().call_module(m, forward, args, kwargs)
         except Exception:
-            self.failed = self.failed or m
+            self.failed = m if self.failed is None else self.failed
             raise
         if isinstance(result, fx.Proxy) and result.node.op == "call_module" and self.is_leaf_module(m, ""):
             self.module_of[result.node] = m

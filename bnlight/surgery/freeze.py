@@ -15,16 +15,23 @@ from bnlight.surgery.parameters import TORCH_NORMS
 class Frozen(Dress):
     """What `freeze_norm` lets a norm do: stay in evaluation mode."""
 
-    _thawed: tuple[bool, dict[str, bool]]
-    """Whether the layer would train now, and which of its parameters did."""
+    _thawed: tuple[bool | None, dict[str, bool]]
+    """Whether the layer would train now (None: as the module around it), and which of its parameters did."""
     training: bool
 
     def train(self, mode: bool = True) -> Self:
         """Remember the mode, which the layer's children take, for the time after."""
-        self.__dict__["_thawed"] = mode, self._thawed[1]
         super().train(mode)  # type: ignore[misc]
-        self.training = False
+        self.__dict__["_thawed"] = mode, self._thawed[1]
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (
+            name == "training"
+        ):  # by somebody who has read a flag and puts it back: Lightning, after a validation
+            self.__dict__["_thawed"] = None, self._thawed[1]
+            value = False
+        super().__setattr__(name, value)
 
 
 def freeze_norm(
@@ -70,9 +77,9 @@ def freeze_norm(
     for layer, parameters in layers.items():
         known, flags = getattr(layer, "_thawed", (layer.training, {}))
         flags = {name: parameter in trained for name, parameter in parameters.items() if affine} | flags
+        layer.training = False
         layer.__dict__["_thawed"] = known, flags
         dress(layer, Frozen)
-        layer.training = False
     for parameter in trained:
         parameter.requires_grad = False  # what a lazy parameter takes too
         parameter.grad = None  # one of zeros would let momentum and weight decay go on
@@ -85,12 +92,14 @@ def unfreeze_norm(model: nn.Module) -> nn.Module:
     Their parameters have the `requires_grad` that they had, the layers the mode that they would have by now.
     """
     trained = set()
+    around = {child: module for module in model.modules() for child in module.children()}
     for layer in model.modules():
         if isinstance(layer, Frozen):
-            layer.training, flags = layer.__dict__.pop("_thawed")
+            mode, flags = layer.__dict__.pop("_thawed")
             parameters: dict[str, Any] = _parameters(layer)
             trained |= {parameters[name] for name, flag in flags.items() if flag and name in parameters}
             undress(layer, Frozen)
+            layer.training = mode if mode is not None else layer not in around or around[layer].training
     for parameter in trained:
         parameter.requires_grad = True
     return model

@@ -10,9 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnlight.norm import LayerNorm, Norm
 from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.paths import unwrapped
 from bnlight.norm.sync import Meeting
 from bnlight.surgery import replace_carry as carry
-from bnlight.surgery.dress import worn
+from bnlight.surgery.dress import own_class, worn
 from bnlight.surgery.replace_factory import Factory, NormFactory, wrong_axis
 from bnlight.surgery.replace_groups import Optimizers, as_list, follow
 from bnlight.surgery.replace_kinds import (
@@ -23,10 +24,10 @@ from bnlight.surgery.replace_kinds import (
     core_of,
     is_unseen,
     obstacle,
-    own_class,
 )
+from bnlight.surgery.replace_places import exchange
 from bnlight.surgery.replace_report import Report, Row
-from bnlight.surgery.replace_select import Selector, chosen, norms_of, refuse_sharded, unwrapped
+from bnlight.surgery.replace_select import Selector, chosen, norms_of, refuse_sharded
 from bnlight.surgery.synchronized import Synchronized, synchronize
 
 Subclasses = Literal["refuse", "replace", "skip"]
@@ -226,8 +227,7 @@ def _commit(model: nn.Module, root: nn.Module, swaps: dict[nn.Module, _Swap]) ->
         carry.carry_hooks(old, swap.new)
         carry.carry_dress(old, core_of(swap.new))
     new_of = {id(old): swap.new for old, swap in swaps.items()}
-    for module in [*model.modules()]:
-        _exchange(vars(module), new_of)
+    exchange(model.modules(), new_of)
     _renumber(root, {core_of(swap.new) for swap in swaps.values()})
     return _leave_fast_path(root, {*new_of.values()})
 
@@ -246,19 +246,6 @@ def _renumber(root: nn.Module, new: set[nn.Module]) -> None:
                 layer.meeting = meeting
             else:
                 synchronize(layer, meeting)
-
-
-def _exchange(space: dict[str, Any], new_of: dict[int, nn.Module]) -> None:
-    """The new layers for the old ones wherever a module holds them: as children, attributes, in lists and dicts."""
-    for key, value in [*space.items()]:
-        if isinstance(value, dict | list):
-            places = value.items() if isinstance(value, dict) else enumerate(value)
-            for place, inner in [(place, inner) for place, inner in places if id(inner) in new_of]:
-                value[place] = new_of[id(inner)]
-        elif type(value) is tuple and any(id(inner) in new_of for inner in value):
-            space[key] = tuple(new_of.get(id(inner), inner) for inner in value)
-        elif id(value) in new_of:
-            space[key] = new_of[id(value)]
 
 
 def _leave_fast_path(root: nn.Module, new: set[nn.Module]) -> list[str]:

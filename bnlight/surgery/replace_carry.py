@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from bnlight.norm import BatchRenorm, FullNorm
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sync import Meeting
-from bnlight.surgery.dress import dress, worn
+from bnlight.surgery.dress import dress, own_class, worn
 from bnlight.surgery.freeze import Frozen
 from bnlight.surgery.replace_kinds import (
     STATISTICS,
@@ -21,7 +21,6 @@ from bnlight.surgery.replace_kinds import (
     base_of,
     channels,
     is_activated,
-    own_class,
     settings,
 )
 from bnlight.surgery.synchronized import Synchronized, synchronize

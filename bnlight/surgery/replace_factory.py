@@ -15,7 +15,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnlight.norm import NORMS, BatchRenorm, FullNorm, GroupNorm, LayerNorm, NoNorm, Norm
 from bnlight.norm.batch import BatchStatistics
-from bnlight.surgery.replace_kinds import CHANNELS_LAST, channel_dim, channels, own_class, settings
+from bnlight.surgery.dress import own_class
+from bnlight.surgery.replace_kinds import CHANNELS_LAST, channel_dim, channels, settings
 
 NormFactory = Callable[..., nn.Module]
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from bnlight.norm import NORMS, MeanOnlyBatchNorm, Norm, NormLSTM
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sample import SampleStatistics
-from bnlight.surgery.dress import Dress, plain_class
+from bnlight.surgery.dress import Dress, own_class
 from bnlight.surgery.parameters import is_named_norm
 
 KNOWN: frozenset[type[nn.Module]] = frozenset(
@@ -54,7 +54,9 @@ MADE = "_made_by_replace_norm"
 """Attribute of the modules of foreign classes that factories have made, whose insides are nobody's business."""
 
 CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
-_ELSEWHERE = {"_compiled_call_impl", "_sync", "_thawed"}  # carried, or reported, in a way of its own
+_ELSEWHERE = {"_compiled_call_impl", "_sync", "_thawed"}
+"""Attributes that are carried, or reported, in a way of their own."""
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _STATE = ("_parameters", "_buffers", "_modules")
 _INERT = {
@@ -78,12 +80,6 @@ _INERT = {
         "extra_repr",
     ),
 }
-
-
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class as its author wrote it, without dress and parametrization."""
-    kind: type[nn.Module] = plain_class(module)
-    return kind.__bases__[0] if kind.__module__ == parametrize.__name__ else kind
 
 
 def base_of(module: nn.Module) -> type[nn.Module] | None:

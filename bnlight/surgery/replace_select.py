@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from bnlight.surgery.replace_kinds import base_of, is_norm, own_class
+from bnlight.norm.paths import is_compiled
+from bnlight.surgery.dress import own_class
+from bnlight.surgery.replace_kinds import base_of, is_norm
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A pattern of paths, a class, or a function of path and layer."""
@@ -23,17 +24,6 @@ _SHARDED = (
 
 class _Nothing:
     pass
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that is compiled or that runs on several devices."""
-    while isinstance(model, DistributedDataParallel | DataParallel) or _is_compiled(model):
-        model = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model._orig_mod  # type: ignore[assignment]
-    return model
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
 
 
 def norms_of(root: nn.Module) -> dict[nn.Module, list[str]]:
@@ -56,7 +46,7 @@ def _norms(module: nn.Module, path: str, above: tuple[nn.Module, ...]) -> Iterat
     elif module not in above and not isinstance(module, parametrize.ParametrizationList):
         for name, child in module._modules.items():
             if child is not None:
-                inner = path if _is_compiled(module) else f"{path}.{name}".lstrip(".")
+                inner = path if is_compiled(module) else f"{path}.{name}".lstrip(".")
                 yield from _norms(child, inner, (*above, module))
 
 
