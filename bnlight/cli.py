@@ -17,6 +17,7 @@ Which normalization should your network use, at your batch size, on your GPUs?
   bnlight train norm=renorm model=resnet data=digits    one job, in a directory of its own
   bnlight train -m norm=batch,group seed=0,1,2          a sweep over norms and seeds
   bnlight sweep norms                                   a sweep from a file, then its comparison
+  bnlight status outputs/norms --watch                  what its jobs are doing
   bnlight doctor norm=batch data.batch_size=4           what is wrong with such a job
   bnlight compare outputs/norms                         the comparison again, from the files
   bnlight wandb sync outputs/norms                      upload what W&B has written offline
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
     # These read their arguments themselves.
     own = {"train": train, "sweep": run_sweep, "bench": bench, "test": test, "adapt": adapt, "doctor": doctor}
-    own |= {"wandb": wandb, "prune": prune}
+    own |= {"wandb": wandb, "prune": prune, "status": status}
     try:
         if given and given[0] in own:
             return own[given[0]](given[1:])
@@ -66,11 +67,16 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("train", help="train one job, or several with -m (Hydra's command line)")
     commands.add_parser("sweep", help="run a sweep file, then compare its jobs")
-    commands.add_parser("bench", help="measure the layers against torch's (bench norm), or folding (bench fold)")
+    commands.add_parser(
+        "bench", help="measure the layers against torch's (bench norm), or folding (bench fold)"
+    )
     commands.add_parser("test", help="test finished jobs on other or shifted data (test --help)")
     commands.add_parser("adapt", help="test them with statistics adapted to those data too (adapt --help)")
     commands.add_parser("doctor", help="say what is wrong with the norms of a job, without running it")
-    commands.add_parser("wandb", help="list W&B runs (wandb ls DIR), upload the offline ones (wandb sync DIR)")
+    commands.add_parser(
+        "wandb", help="list W&B runs (wandb ls DIR), upload the offline ones (wandb sync DIR)"
+    )
+    commands.add_parser("status", help="what the jobs of a sweep are doing (status DIR --watch)")
     commands.add_parser("prune", help="remove the checkpoints of finished jobs but the best (prune --help)")
     compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
     compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
@@ -130,9 +136,10 @@ def run_sweep(arguments: list[str]) -> int:
     from bnlight.run.application import available_sweeps
 
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        lines = [f"  {name:<10} {asks}" for name, asks in available_sweeps().items()]
         print(
             "usage: bnlight sweep NAME [overrides] [--dry-run] [--retry-failed] [--force] [--fail-fast]\n\n"
-            f"sweeps: {', '.join(available_sweeps())}",
+            "sweeps:\n" + "\n".join(lines),
             file=sys.stderr,
         )
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
@@ -197,6 +204,13 @@ def wandb(arguments: list[str]) -> int:
     from bnlight.run.offline import main as offline
 
     return offline(arguments)
+
+
+def status(arguments: list[str]) -> int:
+    """`bnlight status DIR`: what the jobs of a sweep are doing, wherever they run."""
+    from bnlight.run.watch import main as look
+
+    return look(arguments)
 
 
 def prune(arguments: list[str]) -> int:

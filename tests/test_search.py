@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -316,3 +317,15 @@ def test_without_the_plugin_a_search_says_how_to_get_it(project: Path) -> None:
     assert done.returncode == 2
     assert "pip install 'bnlight[optuna]'" in done.stderr
     assert not Path("outputs").exists()
+
+
+def test_each_sweep_is_listed_with_what_it_asks(
+    ours: Path, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "sweeps" / "norms.yaml").write_text("# Mine?\ndefaults: [train, _self_]\n")
+    assert main(["sweep", "--help"]) == 0
+    listed = capsys.readouterr().err
+    assert "ours       Which learning rate?" in listed
+    assert "norms      Mine?" in listed
+    for name in ("search", "random", "list"):
+        assert re.search(rf"^  {name} +Which|^  {name} +How", listed, re.MULTILINE)

@@ -46,22 +46,24 @@ def overrides(arguments: Sequence[str]) -> list[str]:
     becomes the option that it came from and what differs from it; a whole config, with its `job`, becomes what was
     typed for it then and what differs. Raises CommandError where that config can no longer be composed.
     """
-    rest, given = [], {}
+    rest: list[str] = []
+    plain: dict[str, Any] = {}
+    blocks: dict[str, dict[Any, Any]] = {}
     for argument in arguments:
-        text = argument.removeprefix("--")
-        key, equals, value = text.partition("=")
+        key, equals, text = argument.removeprefix("--").partition("=")
+        value = _read(text)
         if not equals or argument.startswith(HYDRA_TAKES):
             rest.append(argument)
-        else:
-            given[key] = value
-    values = {key: _read(value) for key, value in given.items() if key not in NOT_ASKED}
-    blocks = {key: value for key, value in values.items() if isinstance(value, dict)}
-    plain = [f"{key}={_typed(values[key])}" for key in values if key not in blocks]
-    if not blocks:
-        return rest + plain
-    job = _read(given.get("job", ""))
-    typed = _without(list(job["overrides"]), values) if isinstance(job, dict) else []
-    return [*rest, *typed, *plain, *_differences(blocks, typed + plain)]
+        elif isinstance(value, dict):
+            blocks[key] = value
+        elif key not in NOT_ASKED:
+            plain[key] = value
+    now = [f"{key}={_typed(value)}" for key, value in plain.items()]
+    then = [
+        line for line in blocks.get("job", {}).get("overrides", []) if _key(line) not in {*plain, *NOT_ASKED}
+    ]
+    blocks = {key: block for key, block in blocks.items() if key not in NOT_ASKED}
+    return [*rest, *then, *now, *(_differences(blocks, [*then, *now]) if blocks else [])]
 
 
 def hydras(value: Any) -> str:
@@ -104,13 +106,11 @@ def _differences(blocks: Mapping[str, dict[Any, Any]], typed: list[str]) -> list
     """Overrides that, with `typed`, make the config hold `blocks`."""
     from bnlight.run.application import compose_job
 
-    chosen = {line.partition("=")[0] for line in typed}
+    chosen = {_key(line) for line in typed}
     options = {key: _option(key, block) for key, block in blocks.items() if key not in chosen}
     found = [f"{key}={option}" for key, option in options.items() if option]
-    targets = [
-        f"{key}._target_={blocks[key]['_target_']}" for key, option in options.items() if option == "custom"
-    ]
-    composed = compose_job([*typed, *found, *targets])
+    found += [f"{key}._target_={blocks[key]['_target_']}" for key in options if options[key] == "custom"]
+    composed = compose_job([*typed, *found])
     for key, block in blocks.items():
         for path, value in _leaves(key, block):
             present = _select(composed, path)
@@ -156,11 +156,5 @@ def _select(config: Any, path: str) -> Any:
     return config
 
 
-def _without(typed: list[str], values: Mapping[str, Any]) -> list[str]:
-    """What was typed before, without what is given now as a value of its own."""
-    return [
-        line
-        for line in typed
-        if isinstance(values.get(line.partition("=")[0].lstrip("+~"), {}), dict)
-        and line.partition("=")[0].lstrip("+~") not in NOT_ASKED
-    ]
+def _key(line: str) -> str:
+    return line.partition("=")[0].lstrip("+~")

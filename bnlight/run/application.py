@@ -101,12 +101,18 @@ class Primary(NamedTuple):
             return compose(self.name, overrides, **options)
 
 
-def available_sweeps() -> list[str]:
-    """The names of the sweeps in ./sweeps and in the package."""
+def available_sweeps() -> dict[str, str]:
+    """The names of the sweeps in ./sweeps and in the package, and what each asks: its first line."""
     import bnlight.sweeps
 
-    folders = [Path("sweeps"), *map(Path, bnlight.sweeps.__path__)]
-    return sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    folders = [*map(Path, bnlight.sweeps.__path__), Path("sweeps")]
+    files = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    return {name: _first_comment(files[name]) for name in sorted(files)}
+
+
+def _first_comment(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").strip().splitlines() or [""]
+    return lines[0].removeprefix("#").strip() if lines[0].startswith("#") else ""
 
 
 @contextlib.contextmanager
