@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SINCE, JOURNAL, WORKER = "BNLIGHT_SINCE", "BNLIGHT_JOURNAL", "BNLIGHT_WORKER"
+WATCHED = "BNLIGHT_WATCHED"  # the supervisor shows what the jobs are doing: they need not
 STOPPED_BY_SIGNAL = 76  # the exit code of rank 0, and of its launcher, after a stop that all ranks agreed on
 DIED = 75  # the exit code of a process that its watchdog has ended: the job's status says why
 

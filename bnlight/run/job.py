@@ -199,6 +199,7 @@ def _lead(config: dict[str, Any], directory: Path, label: str, last_alive: float
         "wandb_id": run_id() or status.get("wandb_id") or secrets.token_hex(4),
         "seconds": 0.0 if state == "failed" else status.get("seconds", 0.0),
         "started": time.time(),
+        "monitor": (config.get("monitor") or {}).get("metric"),
         "error": None,
         "traceback": None,
         **this_process(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from bnlight.run.command import WATCHED
 from bnlight.run.status import this_process, update_status
 
-SECONDS_BETWEEN_BEATS = 15.0
+SECONDS_BETWEEN_BEATS, SECONDS_BETWEEN_BEATS_WATCHED = 15.0, 1.0
 SECONDS_BETWEEN_REFRESHES = 0.2
 SECONDS_TO_FIRST_LINE, SECONDS_BETWEEN_LINES = 2.0, 60.0
 
@@ -42,6 +44,8 @@ class Heartbeat(_Ends):
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._where: dict[str, Any] = {}
+        self._seconds = SECONDS_BETWEEN_BEATS_WATCHED if WATCHED in os.environ else SECONDS_BETWEEN_BEATS
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and self._thread is None:
@@ -49,12 +53,29 @@ class Heartbeat(_Ends):
             self._thread = threading.Thread(target=self._beat, daemon=True, name="bnlight heartbeat")
             self._thread.start()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._thread is not None:
+            self._write(resumed_at=self._look(trainer)["progress"], **self._where)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if self._thread is not None:
+            self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> dict[str, Any]:
+        total = all_batches(trainer)
+        done = trainer.fit_loop.total_batch_idx + 1
+        self._where = {
+            "epoch": min(trainer.current_epoch + 1, max(1, trainer.max_epochs or 1)),
+            "max_epochs": trainer.max_epochs,
+            "step": trainer.global_step,
+            "progress": round(done / total, 4) if total else None,
+        }
+        return self._where
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._thread is not None:
             self._write(
-                epoch=trainer.current_epoch + 1,
-                max_epochs=trainer.max_epochs,
-                step=trainer.global_step,
+                **self._look(trainer),
                 metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
             )
 
@@ -65,12 +86,18 @@ class Heartbeat(_Ends):
             self._thread = None
 
     def _beat(self) -> None:
-        while not self._stop.wait(SECONDS_BETWEEN_BEATS):
-            self._write()
+        while not self._stop.wait(self._seconds):
+            self._write(**self._where)
 
     def _write(self, **fields: Any) -> None:
         with self._lock:
             update_status(self.directory, heartbeat=this_process()["heartbeat"], **fields)
+
+
+def all_batches(trainer: pl.Trainer) -> int | None:
+    """The training batches of the whole run; None where nobody knows."""
+    batches = float(trainer.num_training_batches) * (trainer.max_epochs or -1)
+    return int(batches) if 0 < batches < float("inf") else None
 
 
 class _Display(_Ends):
@@ -80,10 +107,6 @@ class _Display(_Ends):
         self.title = title
         self.metric = metric
         self._shown_at = 0.0
-
-    def _total(self, trainer: pl.Trainer) -> int | None:
-        batches = float(trainer.num_training_batches) * (trainer.max_epochs or -1)
-        return int(batches) if 0 < batches < float("inf") else None
 
     def _done(self, trainer: pl.Trainer) -> int:
         return trainer.fit_loop.total_batch_idx + 1
@@ -123,7 +146,7 @@ class ProgressBar(_Display):
             auto_refresh=False,  # a thread that draws would take its share of a small model's time
         )
         self._bar.start()
-        self._task = self._bar.add_task(self._text(trainer), total=self._total(trainer))
+        self._task = self._bar.add_task(self._text(trainer), total=all_batches(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -156,7 +179,9 @@ class ProgressLines(_Display):
 def progress_display(style: str, label: str, name: str, metric: str | None) -> list[pl.Callback]:
     """The callback that shows progress and `metric`, in `style` auto (a bar on a terminal), bar, plain or off."""
     title = f"{label} {name.rsplit('-', 1)[0]}".strip()  # without the hash
-    if style == "auto":
+    if WATCHED in os.environ:
+        style = "off"
+    elif style == "auto":
         style = "bar" if Console().is_terminal else "plain"
     displays: dict[str, list[Callable[[str, str | None], pl.Callback]]] = {
         "bar": [ProgressBar],

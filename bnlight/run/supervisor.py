@@ -17,6 +17,7 @@ from typing import Any
 from bnlight.run.command import DIED, WORKER, command, note, unfinished
 from bnlight.run.lock import owner
 from bnlight.run.processes import PARENT, die_with_parent, ended_how, parenthood
+from bnlight.run.screen import Screen, is_wanted
 from bnlight.run.status import read_json, update_status
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -78,19 +79,29 @@ class Supervisor:
     def _one_worker(self) -> int:
         """Start a worker and wait for its end; its exit code, negative for a signal."""
         marks = {WORKER: "1", **parenthood()}
+        screen = Screen(self.journal) if is_wanted(self.arguments) else None
         self.worker = os.posix_spawn(
             sys.executable,
             [sys.executable, "-m", "bnlight", *self.arguments],
-            os.environ | marks,
+            os.environ | marks | (screen.environment if screen else {}),
             setsigmask=(),
+            file_actions=screen.redirection if screen else (),
         )
-        while True:
-            done, status = os.waitpid(self.worker, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            info = signal.sigwaitinfo([*self.watched, signal.SIGCHLD])
-            if info.si_signo != signal.SIGCHLD:
-                self._pass_on(info)
+        if screen:
+            screen.begin()
+        try:
+            while True:
+                done, status = os.waitpid(self.worker, os.WNOHANG)
+                if done:
+                    return os.waitstatus_to_exitcode(status)
+                info = signal.sigwaitinfo([*self.watched, signal.SIGCHLD])
+                if info.si_signo != signal.SIGCHLD:
+                    self._pass_on(info)
+                    if screen and info.si_signo == signal.SIGINT:
+                        screen.say("Stopping after this step; Ctrl-C again stops at once.")
+        finally:
+            if screen:
+                screen.end()
 
     def _pass_on(self, info: signal.struct_siginfo) -> None:
         now = time.monotonic()

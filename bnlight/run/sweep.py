@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,12 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from bnlight.run.command import journal
+from bnlight.run.command import JOURNAL, journal, note
+from bnlight.run.duration import duration as duration
 from bnlight.run.listed import each_job
 from bnlight.run.lock import owner
-from bnlight.run.status import read_status
+from bnlight.run.status import read_status, write_json
+from bnlight.run.watch import TOTAL
 
 ENDED = ("done", "diverged", "failed")
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -51,6 +55,10 @@ class SweepProgress(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global current
         current = Sweep(directory=Path(config.hydra.sweep.dir), total=_count(config))
+        if JOURNAL in os.environ:  # not a dry run
+            with contextlib.suppress(OSError):  # for display alone
+                write_json(current.directory / TOTAL, {"total": current.total})
+            note("sweep", current.directory)
 
 
 def wait(directory: Path) -> None:
@@ -81,14 +89,6 @@ def others_failed() -> bool:
     """Whether a job of this command has failed in another process."""
     busy = {Path(entry["job"]) for entry in journal() if entry["event"] == "busy"}
     return any(read_status(path).get("state") == "failed" for path in busy)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, such as `45 s`, `3 min` or `2 h 10 min`."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _count(config: DictConfig) -> int | None:
