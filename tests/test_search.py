@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from bnlight.run.status import read_status
 
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra optuna is not installed")
 Command = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).parents[1]
 OPTUNA_2 = importlib.metadata.version("optuna").startswith("2.")
 
 # Data that do to each job, one after the other, what the file `acts` says, and note who has trained with what.
@@ -329,3 +331,20 @@ def test_each_sweep_is_listed_with_what_it_asks(
     assert "norms      Mine?" in listed
     for name in ("search", "random", "list"):
         assert re.search(rf"^  {name} +Which|^  {name} +How", listed, re.MULTILINE)
+
+
+RELEASE_CANDIDATE = os.environ.get("BNLIGHT_TEST_HYDRA_14")
+
+
+@pytest.mark.skipif(
+    not RELEASE_CANDIDATE,
+    reason="BNLIGHT_TEST_HYDRA_14 names no folder made by pip install --pre --no-deps --target FOLDER "
+    "hydra-core==1.4.0rc3 hydra-optuna-sweeper==1.4.0rc3 'omegaconf>=2.4.1rc1' 'optuna>=4.9,<6'",
+)
+def test_a_search_works_with_hydras_release_candidate_and_its_sweeper() -> None:
+    one = f"{__file__}::{test_failed_diverged_and_stopped_trials_do_not_end_a_search.__name__}"
+    environment = os.environ | {"PYTHONPATH": str(RELEASE_CANDIDATE)}
+    version = [sys.executable, "-c", "import hydra, optuna; print(hydra.__version__, optuna.__version__)"]
+    said = subprocess.run(version, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("1.4")
+    subprocess.run([sys.executable, "-m", "pytest", "-q", one], env=environment, cwd=ROOT, check=True)
