@@ -176,6 +176,18 @@ def test_a_checkpoint_without_replacement_is_loaded_as_lightning_does(tmp_path: 
     assert torch.equal(outputs(loaded), outputs(module))
 
 
+def test_what_is_no_checkpoint_and_no_modules_class_is_said_to_be_none(tmp_path: Path) -> None:
+    file = tmp_path / "file.pt"
+    for content, seen in ((Net().state_dict(), "OrderedDict with net.0.weight"), ([1], "list")):
+        torch.save(content, file)
+        with pytest.raises(
+            ValueError, match=rf"no checkpoint of Lightning's: it holds {seen}.*init_from=FILE"
+        ):
+            bnlight.load(file, Net)
+    with pytest.raises(TypeError, match=r"expected the class of a LightningModule, got .*Linear"):
+        bnlight.load(file, nn.Linear)  # type: ignore[type-var]
+
+
 def test_what_was_left_out_is_left_out_when_it_is_loaded(tmp_path: Path) -> None:
     module = fitted(tmp_path, norm="group", include=lambda path, layer: path.endswith("4"))
     loaded = bnlight.load(tmp_path / "saved.ckpt", Net)

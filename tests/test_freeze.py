@@ -286,6 +286,17 @@ def test_an_lstms_norms_stand_still_at_every_step():
     assert_equal(state_of_norms(model), before)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's, of its own scripts
+def test_scripted_norms_cannot_be_changed_and_a_warning_says_so():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.BatchNorm1d(3))), nn.BatchNorm1d(3))
+    for change, name in ((freeze_norm, "freeze_norm"), (sync_norm, "sync_norm")):
+        with pytest.warns(UserWarning, match=rf"{name}: scripted norms cannot be changed, so '0\.0' stay"):
+            change(model)
+    assert isinstance(model[1], Frozen)
+    freeze_norm(model, include="1")
+    sync_norm(nn.Sequential(torch.jit.script(nn.LayerNorm(3))))
+
+
 def test_a_model_without_norms_is_left_alone():
     model = nn.Sequential(nn.Linear(2, 2))
     before = flags(model)

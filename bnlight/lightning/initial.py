@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnlight.norm import Norm
-from bnlight.surgery import TORCH_NORMS
+from bnlight.surgery.parameters import ALL_NORMS
 
 PREFIXES = ("", "model.", "module.", "_orig_mod.", "module.model.", "model._orig_mod.", "_orig_mod.model.")
 NESTS = ("state_dict", "model_state_dict", "model")  # where a checkpoint keeps its weights
@@ -46,7 +45,7 @@ def initialize(module: nn.Module, file: str | Path) -> str:
     zeroed = [
         key for key in lacking if _is_bias(key, modules) and key.removesuffix("bias") + "weight" in loaded
     ]
-    fresh = [key for key in lacking if _owner(key, modules, (Norm, *TORCH_NORMS))]
+    fresh = [key for key in lacking if _owner(key, modules, ALL_NORMS)]
     missing = [key for key in lacking if key not in {*zeroed, *fresh}]
     differs = bool(of_norms or fresh)  # a bias comes and goes with the norm behind it, never alone
     if not differs:
@@ -126,7 +125,7 @@ def _is_bias(key: str, modules: Mapping[str, nn.Module]) -> bool:
 def _is_norm(key: str, modules: Mapping[str, nn.Module], given: Mapping[str, Any]) -> bool:
     """Whether the key is one of a norm: here, or, as it has running statistics, in the file."""
     path = key.rpartition(".")[0]
-    here = _owner(key, modules, (Norm, *TORCH_NORMS))
+    here = _owner(key, modules, ALL_NORMS)
     return here or any(f"{path}.{name}" in given for name in STATISTICS)
 
 

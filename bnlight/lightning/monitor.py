@@ -10,11 +10,10 @@ from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bnlight.norm import Norm
 from bnlight.norm.core import moments
 from bnlight.norm.recompute import recomputing
 from bnlight.population.observe import Pool, layers_of
-from bnlight.surgery import TORCH_NORMS
+from bnlight.surgery.parameters import ALL_NORMS
 
 
 class NormMonitor(pl.Callback):
@@ -51,9 +50,8 @@ class NormMonitor(pl.Callback):
         self._logged = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        kinds: tuple[type[nn.Module], ...] = (Norm, *TORCH_NORMS)
         self._norms = {
-            path: module for path, module in pl_module.named_modules() if isinstance(module, kinds)
+            path: module for path, module in pl_module.named_modules() if isinstance(module, ALL_NORMS)
         }
         self._seen, self._logged = [], trainer.global_step
 

@@ -98,9 +98,20 @@ def with_norm(
 
 
 def load_module(path: str | Path, kind: type[M], **arguments: Any) -> M:
-    """`kind.load_from_checkpoint(path, **arguments)`, with the norms replaced that were replaced when it was saved."""
-    saved = torch.load(path, map_location="cpu", weights_only=arguments.get("weights_only"), mmap=True)
-    record = saved.get(RECORD)
+    """`kind.load_from_checkpoint(path, **arguments)`, with the norms replaced that were replaced when it was saved.
+
+    Raises TypeError if `kind` is no LightningModule's class, ValueError if the file is no Lightning checkpoint.
+    """
+    if not hasattr(kind, "load_from_checkpoint"):
+        raise TypeError(f"load: expected the class of a LightningModule, got {kind!r}")
+    saved: Any = torch.load(path, map_location="cpu", weights_only=arguments.get("weights_only"), mmap=True)
+    if not (isinstance(saved, Mapping) and {"state_dict", "pytorch-lightning_version"} <= saved.keys()):
+        raise ValueError(
+            f"load: {path} is no checkpoint of Lightning's: it holds {type(saved).__name__}{_some_keys(saved)}; a "
+            "state dict goes into a module that you have made, by module.load_state_dict(torch.load(path)), or into "
+            "a training, by init_from=FILE"
+        )
+    record: Any = saved.get(RECORD)
     if record is None:
         return kind.load_from_checkpoint(path, **arguments)
 
@@ -114,6 +125,11 @@ def load_module(path: str | Path, kind: type[M], **arguments: Any) -> M:
 
     loaded: M = Loading.load_from_checkpoint(path, **arguments)
     return loaded
+
+
+def _some_keys(saved: Any) -> str:
+    keys = [str(key) for key in saved][:3] if isinstance(saved, Mapping) else []
+    return f" with {', '.join(keys)}, ..." if keys else ""
 
 
 def plain(norm: Norm) -> str | dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from bnlight.norm import BatchNorm, BatchRenorm, FullNorm, MeanOnlyBatchNorm, NoNorm, Norm
 from bnlight.norm.batch import BatchStatistics
 from bnlight.surgery.dress import own_class
-from bnlight.surgery.parameters import TORCH_NORMS
+from bnlight.surgery.parameters import ALL_NORMS
 
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -67,7 +67,7 @@ class FoldedNorm(nn.Identity):
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm, of torch or bnlight, that does something."""
-    return isinstance(module, (Norm, *TORCH_NORMS)) and not (
+    return isinstance(module, ALL_NORMS) and not (
         isinstance(module, NoNorm) and module.weight is None and module.bias is None
     )
 

@@ -6,10 +6,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from bnlight.norm import Norm
 from bnlight.norm.paths import Patterns, chosen, paths_of
 from bnlight.surgery.dress import Dress, dress, undress
-from bnlight.surgery.parameters import TORCH_NORMS
+from bnlight.surgery.parameters import ALL_NORMS, warn_of_scripted
 
 
 class Frozen(Dress):
@@ -57,16 +56,17 @@ def freeze_norm(
         affine: False freezes the statistics, and trains weights and biases on.
 
     Raises ValueError if a pattern matches no norm, and RuntimeError for a DistributedDataParallel model that would
-    miss the gradients.
+    miss the gradients. Warns of norms in scripted modules, which cannot be frozen.
 
     >>> model = freeze_norm(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))).train()
     >>> model[1].training, model[1].weight.requires_grad
     (False, False)
     """
-    kinds: tuple[type[nn.Module], ...] = (Norm, *TORCH_NORMS)
-    paths = paths_of(model, kinds)
+    paths = paths_of(model, ALL_NORMS)
     if include is not None or exclude is not None:
         paths = {layer: [path] for layer, path in chosen("freeze_norm", paths, include, exclude).items()}
+    else:
+        warn_of_scripted("freeze_norm", model)
     layers = {layer: _parameters(layer) for layer in paths}
     trained = {p for parameters in layers.values() for p in parameters.values() if affine and p.requires_grad}
     if isinstance(model, DistributedDataParallel) and trained and not model.find_unused_parameters:

@@ -1,8 +1,10 @@
 """Which parameters of a model belong to its norms."""
 
 import re
+import warnings
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -13,7 +15,8 @@ from bnlight.norm import Norm
 from bnlight.norm.weight import is_weight_norm
 
 TORCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-
+ALL_NORMS: tuple[type[nn.Module], ...] = (Norm, *TORCH_NORMS)
+"""The base classes of bnlight's and torch's norms."""
 
 _NAMED_NORM = re.compile(r"Norm(alization)?(?![a-z])")
 
@@ -46,9 +49,29 @@ def is_named_norm(name: str) -> bool:
     return _NAMED_NORM.search(name) is not None
 
 
+def is_scripted_norm(module: nn.Module) -> bool:
+    """Whether torch.jit has scripted a norm: nothing about it can be changed."""
+    scripted = isinstance(module, torch.jit.ScriptModule) and not [*module.children()]
+    return scripted and is_named_norm(str(module.original_name))
+
+
+def warn_of_scripted(what: str, model: nn.Module, *, buffer: str | None = None) -> None:
+    """Name the scripted norms, those that have `buffer`, to the caller of the public function `what`."""
+    norms = {path: module for path, module in model.named_modules() if is_scripted_norm(module)}
+    paths = [
+        f"'{path}'" for path, norm in norms.items() if buffer is None or buffer in dict(norm.named_buffers())
+    ]
+    if paths:
+        warnings.warn(
+            f"{what}: scripted norms cannot be changed, so {', '.join(paths)} stay as they are; change them before "
+            "torch.jit.script",
+            stacklevel=3,
+        )
+
+
 def _undecayed(module: nn.Module) -> Iterator[nn.Parameter]:
     """The module's own parameters that should not decay."""
-    known = isinstance(module, (Norm, *TORCH_NORMS))
+    known = isinstance(module, ALL_NORMS)
     named = is_named_norm(type(module).__name__)
     length = "original0" if is_weight_norm(module) else None
     for name, parameter in module.named_parameters(recurse=False):
@@ -73,7 +96,7 @@ def affine_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The norms' own parameters with their names in the layer, shared ones once."""
     seen: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, (Norm, *TORCH_NORMS)):
+        if isinstance(module, ALL_NORMS):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter not in seen:
                     seen.add(parameter)

@@ -16,7 +16,7 @@ from bnlight.norm import NORMS, MeanOnlyBatchNorm, Norm, NormLSTM
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sample import SampleStatistics
 from bnlight.surgery.dress import Dress, own_class
-from bnlight.surgery.parameters import is_named_norm
+from bnlight.surgery.parameters import is_named_norm, is_scripted_norm
 
 KNOWN: frozenset[type[nn.Module]] = frozenset(
     {
@@ -108,7 +108,7 @@ def _name(kind: type) -> str:
 def is_norm(module: nn.Module) -> bool:
     """Whether the module is a known norm, or looks like another library's: by name, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
-        return is_named_norm(str(module.original_name)) and not [*module.children()]
+        return is_scripted_norm(module)
     if base_of(module) is not None or isinstance(module, NormLSTM) or MADE in vars(module):
         return True
     if not is_named_norm(own_class(module).__name__):

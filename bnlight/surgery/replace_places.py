@@ -22,7 +22,7 @@ def exchange(modules: Iterable[nn.Module], new_of: NewOf) -> None:
         _in_place(vars(module), new_of, seen)
         if is_compiled(module) and any(module._modules["_orig_mod"] is new for new in new_of.values()):
             vars(module).pop("forward")  # is bound to the old layer
-            module.__setstate__(vars(module))
+            module.__setstate__(vars(module))  # type: ignore[no-untyped-call]
 
 
 def _in_place(held: Any, new_of: NewOf, seen: set[int]) -> None:

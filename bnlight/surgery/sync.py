@@ -5,6 +5,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sync import Meeting, ProcessGroup
+from bnlight.surgery.parameters import warn_of_scripted
 from bnlight.surgery.synchronized import Synchronized, synchronize, unsynchronize
 
 
@@ -39,7 +40,7 @@ def sync_norm(
     Every rank must call the layers equally often, in the same order. RuntimeError with the layer's path, its
     call and the rank if ranks meet in different layers, or if one does not come in time; ValueError if all
     ranks together have one value per channel; TypeError, in training, from a subclass of torch's layers that
-    does not end in `torch.nn.functional.batch_norm`.
+    does not end in `torch.nn.functional.batch_norm`. Warns of batch norms in scripted modules, which stay local.
     """
     if process_group is None:
         raise TypeError(
@@ -50,6 +51,7 @@ def sync_norm(
         for path, module in model.named_modules()
         if isinstance(module, BatchStatistics | _BatchNorm)
     }
+    warn_of_scripted("sync_norm", model, buffer="running_mean")
     width = max((_row_length(layer) for layer in layers), default=0)
     for number, (layer, path) in enumerate(layers.items()):
         kept, patience = _met(layer) if process_group == "world" else (None, None)
