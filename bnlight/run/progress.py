@@ -55,7 +55,7 @@ class Heartbeat(_Ends):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._thread is not None:
-            self._write(resumed_at=self._look(trainer)["progress"], **self._where)
+            self._write(resumed_at=self._look(trainer)["progress"], training_since=time.time(), **self._where)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._thread is not None:

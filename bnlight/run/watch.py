@@ -219,11 +219,12 @@ def main(arguments: Sequence[str]) -> int:
 def _job(name: str, status: dict[str, Any]) -> Job:
     state, metric, progress = str(status.get("state") or "new"), status.get("monitor"), status.get("progress")
     error = str(status.get("error") or "").strip().splitlines()
-    ran = max(0.0, float(status.get("heartbeat") or 0) - float(status.get("started") or 0))
+    now, since = float(status.get("heartbeat") or 0), float(status.get("started") or 0)
+    trained = max(0.0, now - float(status.get("training_since") or since))  # in this attempt
     began = float(status.get("resumed_at") or 0.0)  # the share that an earlier attempt had done
     left = None
     if state == "running" and progress and progress > began:
-        left = max(0.0, ran * (1 - progress) / (progress - began))
+        left = max(0.0, trained * (1 - progress) / (progress - began))
     return Job(
         name,
         state,
@@ -234,7 +235,7 @@ def _job(name: str, status: dict[str, Any]) -> Job:
         (status.get("metrics") or {}).get(metric or ""),
         progress,
         left,
-        status.get("seconds") if state != "running" else ran,
+        status.get("seconds") if state != "running" else max(0.0, now - since),
         status.get("host"),
         error[0] if error else None,
     )
