@@ -183,6 +183,7 @@ def test_the_command_says_what_is_wrong_and_writes_nothing(
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
+        ("init_from=none.ckpt", "the job cannot be built: FileNotFoundError: none.ckpt does not exist"),
         ("nrom=batch", "Did you mean 'norm'?"),
         ("+nrom=batch", "adds a key that nothing reads"),
         ("norm=batchh", "batchh"),

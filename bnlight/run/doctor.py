@@ -49,28 +49,26 @@ def main(arguments: list[str]) -> int:
     from bnlight.run.application import compose_job  # here, as every rank of a job imports this file
 
     try:
-        config = compose_job(arguments)
+        found = examine_job(compose_job(arguments))
     except CommandError as error:
         print(error, file=sys.stderr)
         return 2
-    found = examine_job(config)
     print(found)
     return 1 if found.warnings else 0
 
 
 def examine_job(config: dict[str, Any]) -> Diagnosis:
-    """Train the job's first batches on one device, with nothing written and nobody told, and look at them."""
+    """Train the job's first batches on one device, with nothing written and nobody told, and look at them.
+
+    CommandError if its data, module or callbacks cannot be built.
+    """
     trainer_config = config["trainer"]
     ranks = processes_of(trainer_config) * int(trainer_config.get("num_nodes") or 1)
     synchronized = bool(config["sync"].get("_target_")) or bool(trainer_config.get("sync_batchnorm"))
     doctor = Doctor(tell=lambda line: None, devices=ranks, synchronized=synchronized and ranks > 1)
     with isolated(), tempfile.TemporaryDirectory() as folder, log_to(Path(folder) / "log"):
         pl.seed_everything(config["seed"], workers=True, verbose=False)
-        data = build_data(config)
-        module = build_module(config, data)
-        if config.get("init_from"):
-            initialize(module, weights_file(config["init_from"]))
-        callbacks = [instantiate(callback) for callback in config["callbacks"].values() if callback]
+        module, data, callbacks = _built(config)
         kept = [each for each in callbacks if not isinstance(each, Checkpoint | EarlyStopping)]
         trainer: pl.Trainer = instantiate(
             {**trainer_config, "devices": 1, "num_nodes": 1, "strategy": "auto"},
@@ -94,6 +92,18 @@ def examine_job(config: dict[str, Any]) -> Diagnosis:
             )
             return Diagnosis([*doctor.diagnosis, failed])
     return doctor.diagnosis
+
+
+def _built(config: dict[str, Any]) -> tuple[pl.LightningModule, pl.LightningDataModule, list[pl.Callback]]:
+    try:
+        data = build_data(config)
+        module = build_module(config, data)
+        if config.get("init_from"):
+            initialize(module, weights_file(config["init_from"]))
+        return module, data, [instantiate(callback) for callback in config["callbacks"].values() if callback]
+    except Exception as error:  # of somebody's class, or of its arguments
+        reason = f"{type(error).__name__}: {error}"
+        raise CommandError(f"the job cannot be built: {reason}\nbnlight train shows where") from error
 
 
 class _Seen(Exception):
