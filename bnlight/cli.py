@@ -121,7 +121,8 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
             print()
             print_comparison(sweep.current.directory)
     except CommandError as error:
-        print(error, file=sys.stderr)
+        if this_rank() == 0:  # all ranks have found the same
+            print(error, file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

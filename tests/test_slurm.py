@@ -43,6 +43,17 @@ def run(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def batch(project: Path, command: list[str], *options: str) -> tuple[int, str]:
+    """The exit code and the output of a batch script; `sbatch --wait` would look every half a minute."""
+    (project / "code").unlink(missing_ok=True)
+    (project / "said").unlink(missing_ok=True)
+    (project / "job.sh").write_text(f"#!/bin/bash\n{' '.join(command)}\necho $? > .code; mv .code code\n")
+    submitted = run("sbatch", "--output=said", *options, "job.sh")
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for((project / "code").exists)
+    return int((project / "code").read_text()), (project / "said").read_text()
+
+
 def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not what():
@@ -116,10 +127,7 @@ def test_however_it_is_started_it_trains_rightly_or_says_what_is_wrong(
             done = run("salloc", "--quiet", *options, *step, *train)
             code, said = done.returncode, done.stdout + done.stderr
         else:
-            script = f"#!/bin/bash\n{' '.join([*step, *train])}\n"
-            (project / "job.sh").write_text(script.replace("(", "\\("))
-            done = run("sbatch", "--wait", "--output=said", *options, "job.sh")
-            code, said = done.returncode, (project / "said").read_text()
+            code, said = batch(project, [*step, *train], *options)
         results = [json.loads(path.read_text()) for path in project.glob("outputs/train/*/result.json")]
         if isinstance(wanted, str):
             assert code == 2, said
@@ -149,9 +157,9 @@ def test_ranks_on_the_wrong_nodes_and_ranks_that_nobody_started_are_named(projec
 
 def test_a_sweep_in_a_batch_script_runs_its_jobs_one_after_the_other(project: Path) -> None:
     sweep = [*BNLIGHT, "train", "-m", *SMALL, *RANKS, "+trainer.limit_train_batches=3", "trainer.devices=1,2"]
-    (project / "job.sh").write_text(f"#!/bin/bash\n{' '.join(sweep)}\n")
-    assert run("sbatch", "--wait", "--output=said", "--ntasks=2", "job.sh").returncode == 0
-    assert "2 jobs, 2 done" in (project / "said").read_text()
+    code, said = batch(project, sweep, "--ntasks=2")
+    assert code == 0, said
+    assert "2 jobs, 2 done" in said
 
 
 def test_nodes_are_counted_as_slurm_writes_them() -> None:
@@ -180,7 +188,7 @@ def test_a_job_that_slurm_takes_back_goes_on_where_it_was(project: Path, how: st
     # 3 batches an epoch: the middle of one is where it will be caught
     long = ["trainer.max_epochs=4000", "+trainer.limit_train_batches=3", "trainer.log_every_n_steps=1"]
     own = [*SMALL, *RANKS, *ranks, *long, "logger=wandb", "seed=1,2" if how == "requeue" else "seed=1"]
-    limit = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=25"] if how == "time" else []
+    limit = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"] if how == "time" else []
     sweep = subprocess.Popen(
         [*BNLIGHT, "train", "-m", *own, *LAUNCHER, *limit],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
