@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,21 @@ def _callback(config: Mapping[str, Any], **available: Any) -> pl.Callback:
 
 
 def _fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any, checkpoint: str | None) -> None:
-    try:
+    with _stoppable(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    except SystemExit as left:
-        if not isinstance(left.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C into an exit
-            raise
-        raise _stopped(trainer) or KeyboardInterrupt from None
     if stopped := _stopped(trainer):  # in the last step
         raise stopped
+
+
+@contextlib.contextmanager
+def _stoppable(trainer: pl.Trainer) -> Iterator[None]:
+    """Lightning turns Ctrl-C, and so a signal that asks to stop, into an exit with 1: back again."""
+    try:
+        yield
+    except SystemExit as left:
+        if not isinstance(left.__context__, KeyboardInterrupt):
+            raise
+        raise _stopped(trainer) or left.__context__ from None
 
 
 def _stopped(trainer: pl.Trainer) -> Stopped | None:
@@ -164,7 +172,8 @@ def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[st
             callback._average_model = (
                 None  # or Lightning would load the current weights beside the averaged ones
             )
-    trainer.test(module, datamodule=data, ckpt_path=_best(trainer) or None, verbose=False)
+    with _stoppable(trainer):
+        trainer.test(module, datamodule=data, ckpt_path=_best(trainer) or None, verbose=False)
     return _metrics(trainer)
 
 
@@ -197,6 +206,7 @@ def _write_result(
         "epochs": trainer.current_epoch,
         "seconds": took,
         "identity": config["job"]["identity"],
+        "config": dict(config),
         "unused": unused(config),
         "git": git_commit(),
         "versions": versions(),
