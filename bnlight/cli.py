@@ -125,9 +125,10 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
             print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        print(f"The sweep ends here: {error}. The same command goes on when there is room.", file=sys.stderr)
+        when = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it may write there"
+        print(f"The sweep ends here: {error}. The same command goes on when {when}.", file=sys.stderr)
         return 1
     return failed
 

@@ -8,7 +8,9 @@ import logging
 import os
 import random
 import signal
+import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +28,9 @@ def isolated() -> Iterator[None]:
     """Give back, at the end of the block, what a training changes in its process.
 
     That is: environment, seeds and generators, torch's global switches, the process group, signal handlers,
-    and memory of the accelerator.
+    and memory of the accelerator. A process that the job has forked ends with the block.
     """
+    process = os.getpid()
     environment = dict(os.environ)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     deterministic = (
@@ -45,6 +48,8 @@ def isolated() -> Iterator[None]:
     try:
         yield
     finally:
+        if os.getpid() != process:
+            _end_fork()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         os.environ.clear()
@@ -64,6 +69,14 @@ def isolated() -> Iterator[None]:
             gc.unfreeze()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
+
+
+def _end_fork() -> None:
+    """A child that has left the job's code would take itself for the sweep, and run the other jobs."""
+    if failed := sys.exc_info()[0] is not None:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(int(failed))
 
 
 @contextlib.contextmanager

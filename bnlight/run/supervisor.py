@@ -6,15 +6,16 @@ The worker pays the imports once and runs job after job. Should it die (out of m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from bnlight.run.command import DIED, WORKER, command, note, unfinished
+from bnlight.run.command import DIED, WORKER, command, journal, note, unfinished
 from bnlight.run.lock import owner
 from bnlight.run.processes import PARENT, die_with_parent, ended_how, parenthood
 from bnlight.run.screen import Screen, is_wanted
@@ -61,20 +62,22 @@ class Supervisor:
 
     def run(self) -> int:
         while True:
+            known = len(journal(self.journal))
             code = self._one_worker()
             lost = unfinished(self.journal)
             if self.asked_at is not None and code not in (0, 1, 2):
                 if code != STOPPED:  # it could not say it itself
-                    print(f"\n{how_to_continue(self.arguments)}", file=sys.stderr)
+                    _say(f"\n{how_to_continue(self.arguments)}", sys.stderr)
                 return STOPPED
             if code in (0, 1, 2, STOPPED) and not lost:
                 return code
             for entry in lost:
                 self._record(Path(entry["job"]), code)
             if not lost:
-                print(f"The sweep's worker {ended_how(code)}, outside of any job.", file=sys.stderr)
-                return 1
-            print("A new worker takes the rest.", flush=True)
+                _say(f"The sweep's worker {ended_how(code)}, outside of any job.", sys.stderr)
+                if not any(entry["event"] == "ended" for entry in journal(self.journal)[known:]):
+                    return 1  # nor would the next one get further
+            _say("A new worker takes the rest.")
 
     def _one_worker(self) -> int:
         """Start a worker and wait for its end; its exit code, negative for a signal."""
@@ -126,12 +129,19 @@ class Supervisor:
             with (directory / "job.log").open("a", encoding="utf-8") as log:
                 log.write(what + "\n")
         note("ended", directory)
-        print(f"{directory.name}: failed: {what}\n    see {directory / 'job.log'}", flush=True)
+        _say(f"{directory.name}: failed: {what}\n    see {directory / 'job.log'}")
 
 
 def how_to_continue(arguments: list[str]) -> str:
     """The last words of a stopped command."""
-    return f"Stopped. The same command goes on where it stopped:\n  {shlex.join(['bnlight', *arguments])}"
+    again = [argument for argument in arguments if argument not in ("--force", "rerun=all")]
+    which = "The same command" if again == arguments else "Without --force, which starts all again, it"
+    return f"Stopped. {which} goes on where it stopped:\n  {shlex.join(['bnlight', *again])}"
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    with contextlib.suppress(OSError):  # the terminal is closed
+        print(text, file=stream, flush=True)
 
 
 def of_worker() -> None:

@@ -16,6 +16,7 @@ from bnlight.run.command import DIED
 from bnlight.run.status import update_status
 
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_OF_A_PAUSE = 2.0  # between two looks, and without work: the process was suspended
 SECONDS_FOR_THE_OTHERS = 2.0  # the other ranks hang too: each writes its stacks before the launcher ends them
 
 
@@ -73,7 +74,12 @@ class Watchdog:
         return None
 
     def _watch(self) -> None:
+        looked, worked = time.monotonic(), time.process_time()
         while not self._stop.wait(SECONDS_BETWEEN_LOOKS):
+            gap, work = time.monotonic() - looked, time.process_time() - worked
+            if gap > SECONDS_OF_A_PAUSE and work < gap / 10:  # Ctrl-Z, `scontrol suspend`: not the job's time
+                self.begun, self.stepped = self.begun + gap, self.stepped + gap
+            looked, worked = looked + gap, worked + work
             reason = self.reason()
             if reason is not None:
                 self._end(reason)
