@@ -39,20 +39,22 @@ def chosen(what: str, paths: dict[M, list[str]], include: Patterns, exclude: Pat
 
     Raises ValueError, in the name of `what`, for a pattern without a match, and if no layer is left.
     """
-    wanted = set(paths) if include is None else _matching(what, paths, include)
+    wanted = set(paths) if include is None else matching(what, paths, include)
     if exclude is not None:
-        wanted -= _matching(what, paths, exclude)
+        wanted -= matching(what, paths, exclude)
     if not wanted:
         raise ValueError(f"{what}: include={include!r} and exclude={exclude!r} leave no layer")
     return {layer: names[0] for layer, names in paths.items() if layer in wanted}
 
 
-def _matching(what: str, paths: dict[M, list[str]], patterns: str | Iterable[str]) -> set[M]:
+def matching(what: str, paths: dict[M, list[str]], patterns: str | Iterable[str]) -> set[M]:
+    """The layers with a path that one of the patterns matches; ValueError for a pattern without a match."""
     found = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         hits = {layer for layer, names in paths.items() if any(fnmatchcase(n, pattern) for n in names)}
         if not hits:
-            known = ", ".join(name for names in paths.values() for name in names)
-            raise ValueError(f"{what}: {pattern!r} matches none of the layers {known}")
+            every = [name for names in paths.values() for name in names]
+            more = f" and {len(every) - 12} more" if len(every) > 12 else ""
+            raise ValueError(f"{what}: {pattern!r} matches none of the layers {', '.join(every[:12])}{more}")
         found |= hits
     return found

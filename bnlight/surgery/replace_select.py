@@ -2,13 +2,12 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from bnlight.norm.paths import is_compiled
+from bnlight.norm.paths import is_compiled, matching
 from bnlight.surgery.dress import own_class
 from bnlight.surgery.replace_kinds import base_of, is_norm
 
@@ -64,7 +63,7 @@ def refuse_sharded(model: nn.Module) -> None:
 def chosen(norms: dict[nn.Module, list[str]], include: Any, exclude: Any) -> set[nn.Module]:
     """The norms that are included and not excluded; ValueError for a pattern that matches none."""
 
-    def matching(argument: str, selectors: Any) -> set[nn.Module]:
+    def meant(argument: str, selectors: Any) -> set[nn.Module]:
         found: set[nn.Module] = set()
         for selector in [selectors] if isinstance(selectors, str) or callable(selectors) else selectors:
             if isinstance(selector, type):
@@ -72,17 +71,9 @@ def chosen(norms: dict[nn.Module, list[str]], include: Any, exclude: Any) -> set
             elif callable(selector):
                 found |= {layer for layer, paths in norms.items() if any(selector(p, layer) for p in paths)}
             else:
-                hits = {m for m, paths in norms.items() if any(fnmatchcase(p, selector) for p in paths)}
-                if not hits:
-                    every = [path for paths in norms.values() for path in paths]
-                    more = f" and {len(every) - 12} more" if len(every) > 12 else ""
-                    known = ", ".join(every[:12]) + more
-                    raise ValueError(
-                        f"replace_norm: {argument}={selector!r} matches none of the norms {known}"
-                    )
-                found |= hits
+                found |= matching(f"replace_norm: {argument}", norms, selector)
         return found
 
-    return (set(norms) if include is None else matching("include", include)) - (
-        set() if exclude is None else matching("exclude", exclude)
+    return (set(norms) if include is None else meant("include", include)) - (
+        set() if exclude is None else meant("exclude", exclude)
     )
