@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types clean
+.PHONY: demo test evidence lint types clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/bnlight sweep norms
 
 test: lint types
 	$(BIN)/python -m pytest -n 2
+
+# The slow cases that `make test` leaves out.
+evidence: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
