@@ -170,14 +170,19 @@ def doctor(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """`bnlight bench norm|fold [options]`: how fast the layers, or folded networks, are here, beside torch's."""
-    if arguments[:1] not in (["norm"], ["fold"]):
+    if arguments[:1] not in (["norm"], ["fold"], ["sweep"]):
         print(
             "usage: bnlight bench norm [options]    the layers against torch's\n"
-            "       bnlight bench fold [options]    inference with norms folded into layers\n\n"
+            "       bnlight bench fold [options]    inference with norms folded into layers\n"
+            "       bnlight bench sweep [options]   what a further job costs, and 10 to 1000 jobs\n\n"
             "--help behind either lists its options",
             file=sys.stderr,
         )
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    if arguments[0] == "sweep":
+        from bnlight.bench.sweep import main as bench_sweep
+
+        return bench_sweep(arguments[1:])
     if arguments[0] == "fold":
         from bnlight.bench.fold import main as bench_fold
 
