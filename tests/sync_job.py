@@ -1,6 +1,7 @@
-"""A training under Lightning on one or more ranks: python sync_job.py FOLDER STRATEGY DEVICES NODES SYNC CASE...
+"""Trainings under Lightning on one or more ranks: python sync_job.py FOLDER STRATEGY:DEVICES:NODES:SYNC:CASE...
 
-Rank 0 saves what came out in FOLDER/CASE.pt. SYNC is none, stock, or the group of NormSync.
+Rank 0 saves what came out of each in FOLDER/STRATEGY:...:CASE.pt, or the error in .txt and goes on with the next.
+SYNC is none, stock, or the group of NormSync.
 """
 
 import sys
@@ -27,9 +28,9 @@ CASES = {
 
 
 class Module(pl.LightningModule):
-    def __init__(self, case: str, folder: Path) -> None:
+    def __init__(self, case: str, file: Path) -> None:
         super().__init__()
-        self.case, self.folder = case, folder
+        self.case, self.file = case, file
         self.net = CASES[case]()
         self.means: list[Tensor] = []
 
@@ -55,7 +56,7 @@ class Module(pl.LightningModule):
                 "steps": self.trainer.global_step,
                 "broadcast": getattr(wrapped, "forward_sync_buffers", None),
             }
-            torch.save(seen, self.folder / f"{self.case}.pt")
+            torch.save(seen, self.file)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
@@ -70,30 +71,37 @@ def batches(case: str, rank: int, world: int) -> DataLoader:
     return DataLoader(TensorDataset(x[rank::world], y[rank::world]), batch_size=SAMPLES // world)
 
 
-def main(folder: str, strategy: str, devices: str, nodes: str, sync: str, *cases: str) -> None:
-    warnings.simplefilter("ignore")
+def train(file: Path, strategy: str, devices: str, nodes: str, sync: str, case: str) -> None:
     own = [] if sync in ("none", "stock") else [NormSync(int(sync) if sync.isdigit() else sync)]
-    for case in cases:
-        pl.seed_everything(0, verbose=False)
-        module = Module(case, Path(folder)).double()
-        before = {path: type(m) for path, m in module.named_modules()}
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=int(devices),
-            num_nodes=int(nodes),
-            strategy=strategy,
-            plugins=own,
-            sync_batchnorm=sync != "none",
-            max_epochs=1,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module)
-        assert before == {path: type(m) for path, m in module.named_modules()}
-        assert trainer.world_size in (1, int(devices) * int(nodes))
+    pl.seed_everything(0, verbose=False)
+    module = Module(case, file).double()
+    before = {path: type(m) for path, m in module.named_modules()}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=int(devices),
+        num_nodes=int(nodes),
+        strategy=strategy,
+        plugins=own,
+        sync_batchnorm=sync != "none",
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    assert before == {path: type(m) for path, m in module.named_modules()}
+    assert trainer.world_size in (1, int(devices) * int(nodes))
+
+
+def main(folder: str, *runs: str) -> None:
+    warnings.simplefilter("ignore")
+    for run in runs:
+        try:
+            train(Path(folder, f"{run}.pt"), *run.split(":"))
+        except Exception as error:
+            Path(folder, f"{run}.txt").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import sync_job
 import torch
 import yaml
 from conftest import SMALL
+from four_jobs import inside  # noqa: F401
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from slurm import slurm  # noqa: F401
@@ -34,30 +36,51 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 PAIR = ["mlp_torch", "mlp_ours"]
 
 
-def run(command: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def trained(
+    folder: Path, how: str, cases: list[str], start: Sequence[str] = (), program: Sequence[str] = (JOB,)
+) -> dict[str, Any]:
+    """What each of `cases` comes to, trained as `how` (STRATEGY:DEVICES:NODES:SYNC) says in one start of ranks."""
+    start_job(folder, [f"{how}:{case}" for case in cases], start, program)
+    return read(folder, how)
+
+
+def start_job(
+    folder: Path, runs: list[str], start: Sequence[str] = (), program: Sequence[str] = (JOB,)
+) -> None:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LOCAL_", "MASTER_", "NODE_"))}
-    return subprocess.run(
-        command,
-        env=kept | {"OMP_NUM_THREADS": "1"} | (env or {}),
+    done = subprocess.run(
+        [*start, sys.executable, *program, str(folder), *runs],
+        env=kept | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
-
-
-def trained(
-    folder: Path, arguments: list[str], cases: list[str], start: list[str] | None = None
-) -> dict[str, Any]:
-    done = run([*(start or []), sys.executable, *arguments, *cases])
     assert done.returncode == 0, done.stderr[-3000:]
-    return {case: torch.load(folder / f"{case}.pt") for case in cases}
+
+
+def read(folder: Path, how: str) -> dict[str, Any]:
+    """By case: what came out, or the text of the error."""
+    found = {path.stem.split(":")[-1]: torch.load(path) for path in folder.glob(f"{how}:*.pt")}
+    errors = {path.stem.split(":")[-1]: path.read_text() for path in folder.glob(f"{how}:*.txt")}
+    assert found or errors
+    return found | errors
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one process has left what came of its forked ranks, and of training alone with batches of 16."""
+    folder = tmp_path_factory.mktemp("forked")
+    runs = [f"ddp_fork:2:1:world:{case}" for case in sync_job.CASES]
+    runs += [f"ddp_fork:{how}:{case}" for how in ("2:1:none", "4:1:2") for case in PAIR]
+    runs += ["ddp_fork:2:1:stock:mlp_torch", "ddp_fork:4:1:3:mlp_torch"]
+    start_job(folder, runs + [f"auto:1:1:world:{case}" for case in sync_job.CASES])
+    return folder
+
+
+@pytest.fixture
+def alone(forked: Path) -> dict[str, Any]:
     """What one process computes with batches of 16."""
-    folder = tmp_path_factory.mktemp("alone")
-    return trained(folder, [JOB, str(folder), "auto", "1", "1", "world"], [*sync_job.CASES])
+    return read(forked, "auto:1:1:world")
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -73,49 +96,42 @@ def check(results: dict[str, Any], alone: dict[str, Any], world: int = 2) -> Non
         assert difference(result, alone[case]) < 1e-10
 
 
-def test_local_statistics_train_something_else_and_lightnings_own_refuses_the_cpu(tmp_path, alone):
-    arguments = [JOB, str(tmp_path), "ddp_fork", "2", "1"]
-    results = trained(tmp_path, [*arguments, "none"], PAIR)
+def test_local_statistics_train_something_else_and_lightnings_own_refuses_the_cpu(forked, alone):
+    results = read(forked, "ddp_fork:2:1:none")
     for case in PAIR:
         assert results[case]["ranks"] == 1
         assert difference(results[case], alone[case]) > 1e-2
-    refused = run([sys.executable, *arguments, "stock", "mlp_torch"])
-    assert refused.returncode != 0
-    assert "SyncBatchNorm layers only work with GPU modules" in refused.stderr
+    refused = read(forked, "ddp_fork:2:1:stock")["mlp_torch"]
+    assert "SyncBatchNorm layers only work with GPU modules" in refused
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork", "ddp_spawn"])
-def test_two_ranks_train_as_one_process_with_the_joined_batch(tmp_path, alone, strategy):
-    cases = PAIR[:1] if strategy == "ddp_spawn" else [*sync_job.CASES]  # each fit spawns processes anew
-    results = trained(tmp_path, [JOB, str(tmp_path), strategy, "2", "1", "world"], cases)
-    check(results, alone)
+def whole(results: dict[str, Any], cases: Iterable[str], alone: dict[str, Any], world: int = 2) -> None:
+    """Each of `cases` has trained as one process, and no buffers were sent besides."""
+    assert {*results} == {*cases}
+    check(results, alone, world)
     if hasattr(nn.parallel.DistributedDataParallel, "broadcast_buffers"):  # since torch 2.13
         assert not any(result["broadcast"] for result in results.values())
 
 
+def test_two_forked_ranks_train_as_one_process_with_the_joined_batch(forked, alone):
+    whole(read(forked, "ddp_fork:2:1:world"), sync_job.CASES, alone)
+
+
+spawned = pytest.param("ddp_spawn", PAIR[:1], marks=pytest.mark.slow)  # each fit spawns processes anew
+
+
+@pytest.mark.parametrize(("strategy", "cases"), [("ddp", PAIR), spawned])
+def test_two_ranks_train_as_one_process_with_the_joined_batch(tmp_path, alone, strategy, cases):
+    whole(trained(tmp_path, f"{strategy}:2:1:world", cases), cases, alone)
+
+
 def test_under_torchrun(tmp_path, alone):
-    check(trained(tmp_path, [*TORCHRUN, JOB, str(tmp_path), "ddp", "2", "1", "world"], PAIR), alone)
-
-
-def srun(slurm: dict[str, str], *options: str) -> list[str]:  # noqa: F811
-    return [
-        "env",
-        *(f"{k}={v}" for k, v in slurm.items()),
-        "MASTER_ADDR=127.0.0.1",
-        "srun",
-        "-J",
-        "sync",
-        *options,
-    ]
-
-
-def test_under_slurm_on_two_nodes(tmp_path, alone, slurm):  # noqa: F811
-    start = srun(slurm, "-N2", "--ntasks-per-node=1", "--export=ALL")
-    check(trained(tmp_path, [JOB, str(tmp_path), "ddp", "1", "2", "world"], PAIR, start), alone)
+    whole(trained(tmp_path, "ddp:2:1:world", PAIR, program=[*TORCHRUN, JOB]), PAIR, alone)
 
 
 def parts(results: dict[str, Any]) -> None:
     """Four ranks in two parts: each part agrees, and not with the other."""
+    assert {*results} == {*PAIR}
     for result in results.values():
         assert (result["world"], result["ranks"]) == (4, 2)
         for first, second, third, fourth in result["means"]:
@@ -124,19 +140,22 @@ def parts(results: dict[str, Any]) -> None:
             assert not torch.equal(first, third)
 
 
-def test_the_ranks_of_one_node_make_the_statistics(tmp_path, slurm):  # noqa: F811
-    start = srun(slurm, "-N2", "--ntasks-per-node=2", "--export=ALL")
-    parts(trained(tmp_path, [JOB, str(tmp_path), "ddp", "2", "2", "node"], PAIR, start))
+def test_under_slurm_two_nodes_train_as_one_or_the_ranks_of_each_node_make_the_statistics(
+    tmp_path, alone, slurm  # noqa: F811
+):  # fmt: skip
+    environment = ["env", *(f"{k}={v}" for k, v in slurm.items()), "MASTER_ADDR=127.0.0.1"]
+    start = [*environment, "srun", "-J", "sync", "-N2", "--ntasks-per-node=2", "--export=ALL"]
+    start_job(tmp_path, [f"ddp:2:2:{sync}:{case}" for sync in ("world", "node") for case in PAIR], start)
+    whole(read(tmp_path, "ddp:2:2:world"), PAIR, alone, world=4)
+    parts(read(tmp_path, "ddp:2:2:node"))
 
 
-def test_consecutive_ranks_make_the_statistics(tmp_path):
-    arguments = [JOB, str(tmp_path), "ddp_fork", "4", "1"]
-    results = trained(tmp_path, [*arguments, "2"], PAIR)
+def test_consecutive_ranks_make_the_statistics(forked):
+    results = read(forked, "ddp_fork:4:1:2")
     parts(results)
     assert all(result["broadcast"] is not False for result in results.values())  # all ranks evaluate alike
-    refused = run([sys.executable, *arguments, "3", *PAIR])
-    assert refused.returncode != 0
-    assert "ValueError: group=3 does not divide the 4 ranks; choose one of [1, 2, 4]" in refused.stderr
+    refused = read(forked, "ddp_fork:4:1:3")["mlp_torch"]
+    assert "ValueError: group=3 does not divide the 4 ranks; choose one of [1, 2, 4]" in refused
 
 
 @pytest.mark.parametrize("group", ["nodes", 0, -1, True, 1.5, None])
@@ -163,7 +182,7 @@ def test_on_one_device_nothing_changes(monkeypatch, tmp_path):
     results = []
     for plugins in ([], [NormSync()]):
         torch.manual_seed(0)
-        module = sync_job.Module("mlp_torch", tmp_path).double()
+        module = sync_job.Module("mlp_torch", tmp_path / "out.pt").double()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
@@ -176,8 +195,8 @@ def test_on_one_device_nothing_changes(monkeypatch, tmp_path):
     assert not called
 
 
-def test_a_job_with_sync_world_trains_and_validates_as_its_checkpoint_does(project, bnlight):
-    done = bnlight("train", *SMALL, "trainer=ddp", "trainer.accelerator=cpu", "sync=world")
+def test_a_job_with_sync_world_trains_and_validates_as_its_checkpoint_does(project, inside):  # noqa: F811
+    done = inside("train", *SMALL, "trainer=ddp", "trainer.accelerator=cpu", "sync=world")
     assert done.returncode == 0, done.stderr
     (job,) = (path.parent for path in project.glob("outputs/train/*/result.json"))
     result = json.loads((job / "result.json").read_text())
