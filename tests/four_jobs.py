@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 from conftest import SMALL
 
+from bnlight.cli import main
 from bnlight.run.status import read_status
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -45,6 +47,18 @@ RANKS = ["trainer=ddp", "trainer.accelerator=cpu"]
 FOUR = [*SMALL, *OWN, *RANKS, "logger=wandb", "trainer.devices=1,2", "+norm.fails=false,true"]
 
 
+@pytest.fixture
+def inside(project: Path, capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command as the fixture `bnlight` runs it, but in this process, which has imported torch already."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        code = main(arguments)
+        return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+    return run
+
+
 def seen(project: Path) -> list[tuple[str, int, int]]:
     """Job, rank and world size of each process that has trained."""
     lines = [path.read_text().split() for path in sorted(project.glob("seen-*"))]
@@ -65,10 +79,10 @@ def jobs(project: Path) -> dict[tuple[int, bool], dict[str, Any]]:
     return found
 
 
-def check_four_jobs(project: Path, bnlight: Command, *launcher: str, **environment: str) -> str:
-    """Run the sweep twice; returns what the first time printed."""
+def check_four_jobs(project: Path, command: Command, again: Command, *launcher: str) -> str:
+    """Run the sweep with `command` and then with `again`; returns what the first time printed."""
     (project / "mine.py").write_text(MINE)
-    first = bnlight("train", "-m", *FOUR, *launcher, timeout=300, **environment)
+    first = command("train", "-m", *FOUR, *launcher)
     assert first.returncode == 1, first.stderr
     found = jobs(project)
     states = {key: job["status"]["state"] for key, job in found.items()}
@@ -79,17 +93,17 @@ def check_four_jobs(project: Path, bnlight: Command, *launcher: str, **environme
     assert "as asked on rank 1" in first.stdout
     worlds = {key: job["result"]["world_size"] for key, job in found.items() if job["result"]}
     assert worlds == {(1, False): 1, (1, True): 1, (2, False): 2}
-    assert [job["runs"] for job in found.values()] == [1, 1, 1, 1]
+    assert [job["runs"] for job in found.values()] == [0 if "logger=csv" in launcher else 1] * 4
     assert len(seen(project)) == len(set(seen(project))) == 6  # each rank of each job once
     assert "4 jobs, 3 done, 1 failed" in first.stdout
     assert (project / "outputs" / "train" / "comparison.html").exists()
     for number in range(1, 5):
         assert f"[{number}/4" in first.stdout
     assert not [process for process in psutil.process_iter(["cmdline"]) if _is_of(project, process)]
-    again = bnlight("train", "-m", *FOUR, *launcher, **environment)
-    assert again.returncode == 1
-    assert again.stdout.count("done before, skipped") == 3
-    assert "--retry-failed runs it again" in again.stdout
+    second = again("train", "-m", *FOUR, *launcher)
+    assert second.returncode == 1
+    assert second.stdout.count("done before, skipped") == 3
+    assert "--retry-failed runs it again" in second.stdout
     assert len(seen(project)) == 6
     return first.stdout
 

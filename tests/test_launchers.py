@@ -13,13 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from conftest import SMALL
-from four_jobs import MINE, OWN, RANKS, Command, check_four_jobs, seen
+from four_jobs import MINE, OWN, RANKS, Command, check_four_jobs, inside, seen
 
 from bnlight.cli import main
 from bnlight.run.launchers import EXTRAS
 from bnlight.run.status import read_status
 
+assert inside  # a fixture
 ray = pytest.param(
     "ray_local",
     marks=pytest.mark.skipif(
@@ -28,17 +30,21 @@ ray = pytest.param(
 )
 
 
-@pytest.mark.parametrize("launcher", ["parallel", "local", ray])
-def test_four_jobs_with_one_and_two_ranks(project: Path, bnlight: Command, launcher: str) -> None:
-    check_four_jobs(project, bnlight, f"hydra/launcher={launcher}")
+local = pytest.param("local", marks=pytest.mark.slow)  # as `slurm` does
 
 
-def test_a_task_per_rank_without_a_cluster(project: Path, bnlight: Command) -> None:
+@pytest.mark.parametrize("launcher", ["parallel", local, ray])
+def test_four_jobs_with_one_and_two_ranks(
+    project: Path, bnlight: Command, inside: Command, launcher: str
+) -> None:
+    check_four_jobs(project, bnlight, inside, f"hydra/launcher={launcher}")
+
+
+def test_a_task_per_rank_without_a_cluster(project: Path, inside: Command) -> None:
     (project / "mine.py").write_text(MINE)
     launcher = ["hydra/launcher=local", "hydra.launcher.tasks_per_node=2"]
-    done = bnlight(
-        "train", "-m", *SMALL, *OWN, *RANKS, "trainer.devices=2", *launcher, "+norm.fails=false,true"
-    )
+    sweep = [*SMALL, *OWN, *RANKS, "trainer.devices=2", "+norm.fails=false,true"]
+    done = inside("train", "-m", *sweep, *launcher)
     assert done.returncode == 1, done.stderr
     assert "2 jobs, 1 done, 1 failed" in done.stdout
     assert sorted(place[1:] for place in seen(project)) == [(0, 2), (0, 2), (1, 2), (1, 2)]
@@ -48,29 +54,31 @@ def test_a_task_per_rank_without_a_cluster(project: Path, bnlight: Command) -> N
     assert "rank 1: RuntimeError: as asked on rank 1" in read_status(states["failed"])["error"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, 7])
-def test_a_jobs_process_that_dies_is_one_failed_job(project: Path, bnlight: Command, how: int) -> None:
-    die = "os._exit(7)" if how == 7 else "os.kill(os.getpid(), 9)"
+def test_a_jobs_process_that_dies_is_one_failed_job(project: Path, inside: Command) -> None:
     (project / "mine.py").write_text(
         "import os\nfrom bnlight.data import Digits\n\nclass Data(Digits):\n    def setup(self, stage):\n"
-        f"        if self.seed_of_job == 1:\n            {die}\n        super().setup(stage)\n\n"
+        "        if self.seed_of_job == 1:\n            os.kill(os.getpid(), 9)\n"
+        "        if self.seed_of_job == 2:\n            os._exit(7)\n        super().setup(stage)\n\n"
         "    def __init__(self, seed_of_job, **options):\n        super().__init__(**options)\n"
         "        self.seed_of_job = seed_of_job\n"
     )
     own = [*SMALL, "data=custom", "data._target_=mine.Data", "+data.seed_of_job=${seed}"]
-    done = bnlight("train", "-m", *own, "seed=1,2,3", "hydra/launcher=parallel", "hydra.launcher.n_jobs=2")
+    done = inside("train", "-m", *own, "seed=1,2,3,4", "hydra/launcher=parallel", "hydra.launcher.n_jobs=2")
     assert done.returncode == 1, done.stderr
-    assert "3 jobs, 2 done, 1 failed" in done.stdout
-    errors = [read_status(path.parent)["error"] for path in project.glob("outputs/train/*/status.json")]
-    (error,) = filter(None, errors)
-    assert (
-        ("SIGKILL" in error and "out of memory" in error) if how == signal.SIGKILL else "exit code 7" in error
-    )
+    assert "4 jobs, 2 done, 2 failed" in done.stdout
+    errors = {}
+    for path in project.glob("outputs/train/*/config.yaml"):
+        errors[yaml.safe_load(path.read_text())["seed"]] = read_status(path.parent).get("error")
+    assert "SIGKILL" in errors[1]
+    assert "out of memory" in errors[1]
+    assert "exit code 7" in errors[2]
+    assert errors[3] is errors[4] is None
 
 
-def test_ctrl_c_stops_all_jobs_and_the_same_command_continues_them(project: Path) -> None:
-    command = [sys.executable, "-m", "bnlight", "train", "-m", *SMALL, "trainer.max_epochs=60", "seed=1,2,3"]
-    command += ["hydra/launcher=parallel", "hydra.launcher.n_jobs=2"]
+def test_ctrl_c_stops_all_jobs_and_the_same_command_continues_them(project: Path, inside: Command) -> None:
+    given = ["train", "-m", *SMALL, "trainer.max_epochs=60", "+trainer.limit_train_batches=3", "seed=1,2,3"]
+    given += ["hydra/launcher=parallel", "hydra.launcher.n_jobs=2"]
+    command = [sys.executable, "-m", "bnlight", *given]
     sweep = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while (
@@ -83,12 +91,14 @@ def test_ctrl_c_stops_all_jobs_and_the_same_command_continues_them(project: Path
     assert sweep.returncode == 130
     assert "bnlight train -m" in errors
     assert not psutil.wait_procs(family, timeout=10)[1]
-    states = [read_status(path.parent)["state"] for path in project.glob("outputs/train/*/status.json")]
-    assert states == ["interrupted", "interrupted"]  # the third was not begun
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    stopped = [path.parent for path in project.glob("outputs/train/*/status.json")]
+    assert [read_status(job)["state"] for job in stopped] == ["interrupted", "interrupted"]  # not the third
+    done = inside(*given)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("interrupted before, continued") == 2
     assert "3 jobs, 3 done" in done.stdout
+    statuses = {path.parent: read_status(path.parent) for path in project.glob("outputs/train/*/status.json")}
+    assert {job for job, status in statuses.items() if status["attempt"] == 2} == {*stopped}
+    assert [status["state"] for status in statuses.values()] == ["done"] * 3
 
 
 def test_jobs_die_with_a_killed_sweep(project: Path) -> None:

@@ -12,16 +12,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL
-from four_jobs import MINE, OWN, RANKS, Command, check_four_jobs, seen
+from four_jobs import MINE, OWN, RANKS, Command, check_four_jobs, inside, seen
 from slurm import slurm
 
+from bnlight.run import submit
 from bnlight.run.started import Started
 from bnlight.run.status import read_status
 
 assert slurm  # a fixture
+assert inside
 BNLIGHT = [sys.executable, "-m", "bnlight"]
 LAUNCHER = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1"]
 
@@ -61,8 +64,8 @@ def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.2)
 
 
-def test_four_jobs_as_a_job_array(project: Path, bnlight: Command) -> None:
-    printed = check_four_jobs(project, bnlight, *LAUNCHER)
+def test_four_jobs_as_a_job_array(project: Path, inside: Command) -> None:
+    printed = check_four_jobs(project, inside, inside, *LAUNCHER, "logger=csv")
     (array,) = re.findall(r"4 jobs given to SLURM \((\d+)\)", printed)
     assert {path.name for path in (project / "outputs/train/.submitit").glob(f"{array}_*")} == {
         f"{array}_{task}" for task in range(4)
@@ -105,9 +108,48 @@ ROWS = [
     ("salloc", ["srun"], ["--ntasks=1", "--ntasks-per-node=1"], 2, 1),
     ("salloc", ["srun"], ["--ntasks=2"], 2, WRONG_2),
 ]
+TRAINED = (3, 5)  # the others only as evidence
+PROBE = """
+import json, pathlib
+from bnlight.run.started import WrongRanks, check_ranks, started
+
+place, said = started(), []
+for devices in (2, 1):
+    try:
+        check_ranks({"num_nodes": 1}, devices)
+        said.append(place.world_size if place else devices)
+    except WrongRanks as error:
+        said.append(str(error))
+pathlib.Path(f"place-{place.rank if place else 0}").write_text(json.dumps(said))
+"""
 
 
-@pytest.mark.parametrize(("start", "step", "options", "of_two", "of_one"), ROWS)
+def started_by(project: Path, start: str, step: list[str], options: list[str], command: list[str]) -> Any:
+    """The exit code and the output of `command` started so."""
+    if start == "sbatch":
+        return batch(project, [*step, *command], *options)
+    done = run("salloc", "--quiet", *options, *step, *command)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_process_knows_its_place_however_it_is_started(project: Path) -> None:
+    (project / "probe.py").write_text(PROBE)
+    for start, step, options, *wanted in ROWS:
+        code, said = started_by(project, start, step, options, [sys.executable, "probe.py"])
+        assert code == 0, said
+        places = sorted(project.glob("place-*"))
+        assert len(places) == (2 if WRONG_2 in wanted else 1), (start, step, options)
+        for path in places:
+            for found, expected in zip(json.loads(path.read_text()), wanted, strict=True):
+                same = re.match(str(expected), str(found)) if isinstance(expected, str) else found == expected
+                assert same, (start, step, options, found)
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "options", "of_two", "of_one"),
+    [row if i in TRAINED else pytest.param(*row, marks=pytest.mark.slow) for i, row in enumerate(ROWS)],
+)
 def test_however_it_is_started_it_trains_rightly_or_says_what_is_wrong(
     project: Path, start: str, step: list[str], options: list[str], of_two: int, of_one: int | str
 ) -> None:
@@ -123,11 +165,7 @@ def test_however_it_is_started_it_trains_rightly_or_says_what_is_wrong(
             f"trainer.devices={devices}",
         ]
         begun = time.monotonic()
-        if start == "salloc":
-            done = run("salloc", "--quiet", *options, *step, *train)
-            code, said = done.returncode, done.stdout + done.stderr
-        else:
-            code, said = batch(project, [*step, *train], *options)
+        code, said = started_by(project, start, step, options, train)
         results = [json.loads(path.read_text()) for path in project.glob("outputs/train/*/result.json")]
         if isinstance(wanted, str):
             assert code == 2, said
@@ -160,6 +198,8 @@ def test_a_sweep_in_a_batch_script_runs_its_jobs_one_after_the_other(project: Pa
     code, said = batch(project, sweep, "--ntasks=2")
     assert code == 0, said
     assert "2 jobs, 2 done" in said
+    results = [json.loads(path.read_text()) for path in project.glob("outputs/train/*/result.json")]
+    assert sorted(result["world_size"] for result in results) == [1, 2]
 
 
 def test_nodes_are_counted_as_slurm_writes_them() -> None:
@@ -180,7 +220,10 @@ def steps_by_attempt(job: Path) -> dict[int, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("how", ["requeue", "time", "USR2 to two ranks"])
+# At the end of its time SLURM sends USR2: the case `time` waits for that.
+@pytest.mark.parametrize(
+    "how", ["requeue", pytest.param("time", marks=pytest.mark.slow), "USR2 to two ranks"]
+)
 def test_a_job_that_slurm_takes_back_goes_on_where_it_was(project: Path, how: str) -> None:
     ranks = (
         ["trainer.devices=2", "hydra.launcher.tasks_per_node=2"] if "ranks" in how else ["trainer.devices=1"]
@@ -238,21 +281,19 @@ def test_a_job_that_slurm_takes_back_goes_on_where_it_was(project: Path, how: st
         sweep.communicate()
 
 
-def test_a_job_that_slurm_kills_is_failed_and_one_that_waits_is_not(project: Path) -> None:
+def test_a_job_that_slurm_kills_is_failed_and_one_that_waits_is_not(
+    project: Path, inside: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "SECONDS_BETWEEN_QUEUE_LOOKS", 1)
+    monkeypatch.setattr(submit, "SECONDS_FOR_FILES", 2)  # much less than the second job waits for the first
     (project / "mine.py").write_text(
         "import os\nfrom bnlight.data import Digits\n\nclass Data(Digits):\n    def setup(self, stage):\n"
         "        os.kill(os.getpid(), 9)\n"
     )
     own = [*SMALL, "data=custom", "data._target_=mine.Data", "seed=1,2", "hydra.launcher.array_parallelism=1"]
-    sweep = subprocess.Popen(
-        [*BNLIGHT, "train", "-m", *own, *LAUNCHER],
-        stdout=subprocess.PIPE,
-        text=True,
-        stderr=subprocess.DEVNULL,
-    )
-    output, _ = sweep.communicate(timeout=240)
-    assert sweep.returncode == 1
-    assert output.count("failed: SLURM job ") == 2
+    done = inside("train", "-m", *own, *LAUNCHER)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("failed: SLURM job ") == 2
     errors = [read_status(path.parent)["error"] for path in project.glob("outputs/train/*/status.json")]
     assert all(re.search(r"SLURM job \d+_\d ended: FAILED.*log.err", error) for error in errors)
     assert os.environ["SLURM_CONF"]
