@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 # Two tests run at a time on two cores: threads of one operation would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A job of a few steps on the embedded digits; its W&B run stays on this machine.
 SMALL = ["model=mlp", "model.width=16", "model.depth=1", "trainer=cpu", "trainer.max_epochs=1", "logger=csv"]
@@ -28,6 +33,38 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("bnlight.run.sweep.current", None)
     monkeypatch.delitem(sys.modules, "mine", raising=False)  # the module of another test's user
     return tmp_path
+
+
+@pytest.fixture
+def start(project: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the command in a session of its own and leaves it running; none outlives the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bnlight", *arguments],
+            cwd=project,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def until(happened: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until something has happened; fails when it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it has not happened"
+        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import SMALL
+from conftest import SMALL, until
 
 from bnlight.cli import main
-from bnlight.run import lock
+from bnlight.run import lock, sweep
 from bnlight.run.agree import differences
 from bnlight.run.lock import JobBusy, own, owner
 from bnlight.run.status import read_status, update_status
 
+Start = Callable[..., subprocess.Popen[str]]
 JOB = [*SMALL, "progress=off"]
 
 # A data module that writes down who trains which job, and takes its time.
@@ -100,20 +102,10 @@ def test_twenty_equal_jobs_at_one_instant_run_once_and_the_others_say_who_runs_i
         assert f"is being run by process {line.split()[1]} on " in text or "done before, skipped" in text
 
 
-def sweep(project: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bnlight", "train", "-m", *CUSTOM, *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=project,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_two_sweeps_of_one_name_share_the_work_and_both_end_with_the_whole_comparison(ours: Path) -> None:
-    two = [sweep(ours, "seed=range(6)", SLOW="0.7") for _ in range(2)]
+def test_two_sweeps_of_one_name_share_the_work_and_both_end_with_the_whole_comparison(
+    ours: Path, start: Start
+) -> None:
+    two = [start("train", "-m", *CUSTOM, "seed=range(6)", SLOW="0.7") for _ in range(2)]
     outputs = [process.communicate(timeout=240)[0] for process in two]
     assert [process.returncode for process in two] == [0, 0]
     assert sorted(trained(ours).values()) == [1] * 6
@@ -124,67 +116,83 @@ def test_two_sweeps_of_one_name_share_the_work_and_both_end_with_the_whole_compa
     assert any("running elsewhere, skipped: " in output for output in outputs)
 
 
-def test_the_job_of_an_owner_that_dies_is_taken_over_by_the_sweep_that_waits(ours: Path) -> None:
-    first = sweep(ours, "seed=0", SLOW="1000")
-    deadline = time.monotonic() + 120
-    while not (ours / "trained").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    second = sweep(ours, "seed=0,1")
-    while len(trained(ours)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(2)
-    assert second.poll() is None  # it waits for the job that runs elsewhere
-    first.kill()
-    first.communicate()
-    output, _ = second.communicate(timeout=120)
-    assert second.returncode == 0
-    assert "Waiting for 1 jobs that run elsewhere" in output
-    assert "interrupted before, continued" in output
-    assert output.count("done in") == 2
-    assert "2 jobs, 2 done" in output
+def test_a_job_that_runs_elsewhere_is_left_alone_and_taken_over_when_its_owner_dies(
+    ours: Path, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as environment:
+        environment.setenv("SLOW", "1000")
+        first = multiprocessing.get_context("fork").Process(target=main, args=(["train", *CUSTOM, "seed=0"],))
+        first.start()
+    until((ours / "trained").exists)
+    second = start("train", "-m", *CUSTOM, "seed=0,1")
+    said = ""
+    while "Waiting for 1 jobs that run elsewhere" not in said:
+        assert second.stdout is not None
+        line = second.stdout.readline()
+        assert line, said  # it has ended
+        said += line
+    assert said.count("done in") == 1  # the other job
+    second.send_signal(signal.SIGINT)
+    second.communicate(timeout=60)
+    assert second.returncode == 130
+    assert first.is_alive()
+    states = [read_status(path.parent)["state"] for path in ours.glob("outputs/train/*/status.json")]
+    assert sorted(states) == ["done", "running"]
+
+    wait = sweep.wait
+
+    def kill_and_wait(directory: Path) -> None:
+        first.kill()
+        wait(directory)
+
+    monkeypatch.setattr(sweep, "wait", kill_and_wait)
+    assert main(["train", "-m", *CUSTOM, "seed=0,1"]) == 0
+    first.join(30)
+    said = capsys.readouterr().out
+    assert "running elsewhere, skipped: " in said
+    assert "Waiting for 1 jobs that run elsewhere" in said
+    assert "interrupted before, continued" in said
+    assert said.count("done in") == 1
+    assert "2 jobs, 2 done" in said
 
 
-def test_ctrl_c_while_waiting_leaves_the_others_job_alone(ours: Path) -> None:
-    (job,) = _finished(ours)
-    with own(job):
-        update_status(job, state="running")
-        process = sweep(ours, "seed=0")
-        deadline = time.monotonic() + 60
-        output = ""
-        while "Waiting for 1 jobs" not in output and time.monotonic() < deadline:
-            assert process.stdout is not None
-            output += process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=30)
-        assert process.returncode == 130
-        assert read_status(job)["state"] == "running"
-
-
-def _finished(project: Path) -> list[Path]:
-    assert main(["train", "-m", *CUSTOM, "seed=0"]) == 0
-    return [path.parent for path in project.glob("outputs/train/*/status.json")]
+def test_a_process_that_a_job_has_forked_does_not_keep_the_job(tmp_path: Path) -> None:
+    said, _, (process,) = hosts(1, tmp_path, forks=True)  # such as the workers of a DataLoader
+    assert said == ["owns"]
+    assert owner(tmp_path)
+    process.kill()
+    process.join()
+    assert owner(tmp_path) == {}
+    with own(tmp_path):
+        pass
 
 
 # Two hosts that share a directory, but not the kernel's locks.
-def _host(name: str, directory: Path, takes: Any, leaves: Any, pipe: Any) -> None:
-    lock.socket.gethostname = lambda: name  # type: ignore[attr-defined]
-    fcntl.flock = lambda *_: None  # type: ignore[assignment]
+def _host(name: str, directory: Path, takes: Any, leaves: Any, pipe: Any, forks: bool) -> None:
+    if not forks:
+        lock.socket.gethostname = lambda: name  # type: ignore[attr-defined]
+        fcntl.flock = lambda *_: None  # type: ignore[assignment]
     takes.wait(30)
     try:
         with own(directory):
+            if forks and os.fork() == 0:
+                time.sleep(20)
+                os._exit(0)
             pipe.send("owns")
             leaves.wait(30)
     except JobBusy as busy:
         pipe.send(str(busy))
 
 
-def hosts(count: int, directory: Path) -> tuple[list[str], Any, list[Any]]:
+def hosts(count: int, directory: Path, forks: bool = False) -> tuple[list[str], Any, list[Any]]:
     context = multiprocessing.get_context("fork")
     takes, leaves = context.Event(), context.Event()
     ends, processes = [], []
     for number in range(count):
         here, there = context.Pipe()
-        process = context.Process(target=_host, args=(f"host-{number}", directory, takes, leaves, there))
+        process = context.Process(
+            target=_host, args=(f"host-{number}", directory, takes, leaves, there, forks)
+        )
         process.start()
         ends.append(here)
         processes.append(process)
@@ -206,7 +214,7 @@ def test_hosts_without_a_common_lock_take_a_job_once(tmp_path: Path) -> None:
 
 def test_a_silent_owner_on_another_host_is_a_dead_one(tmp_path: Path) -> None:
     job = tmp_path / "job"
-    said, leaves, (process,) = hosts(1, job)
+    said, _, (process,) = hosts(1, job)
     assert said == ["owns"]
     assert owner(job)["host"] == "host-0"
     with pytest.raises(JobBusy, match="on host-0"), own(job):
@@ -221,7 +229,6 @@ def test_a_silent_owner_on_another_host_is_a_dead_one(tmp_path: Path) -> None:
     with own(job) as last_alive:
         assert last_alive == pytest.approx(old)
         assert owner(job)["pid"] == os.getpid()
-    leaves.set()
 
 
 def test_the_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

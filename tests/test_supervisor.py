@@ -13,12 +13,15 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import SMALL
+import torch
+from conftest import SMALL, until
 
 from bnlight.cli import main
+from bnlight.run.processes import ended_how
 from bnlight.run.status import read_status
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., subprocess.Popen[str]]
 
 # A norm that does something to its process, in the training's third step.
 MINE = """
@@ -38,7 +41,10 @@ class Norm(BatchNorm):
             if self.act == "exit":
                 raise SystemExit(3)
             if self.act == "hang":
+                open("hangs", "w").close()
                 time.sleep(1000)
+            if self.act == "fork" and os.fork() == 0:
+                raise RuntimeError("in the child")
             if self.act.startswith("SIG"):
                 os.kill(os.getpid(), getattr(signal, self.act))
         return super().forward(x, mask)
@@ -63,65 +69,53 @@ def statuses(project: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_a_job_that_kills_its_worker_fails_alone_and_once(ours: Path, bnlight: Command) -> None:
-    acts = "+norm.act=SIGKILL,nothing,SIGSEGV,leave,exit"
-    done = bnlight("train", "-m", *CUSTOM, acts)
+def test_each_job_that_ends_its_worker_fails_alone_and_once(ours: Path, bnlight: Command) -> None:
+    acts = "+norm.act=SIGKILL,fork,leave,hang,exit,nothing"
+    done = bnlight("train", "-m", *CUSTOM, acts, "stall_limit=3s")
     assert done.returncode == 1, done.stderr
     found = statuses(ours)
-    assert {act: status["state"] for act, status in found.items()} == {
-        "SIGKILL": "failed", "nothing": "done", "SIGSEGV": "failed", "leave": "failed", "exit": "failed",
-    }  # fmt: skip
-    assert found["SIGKILL"]["error"] == "the process was killed by SIGKILL: probably out of memory"
-    assert found["SIGSEGV"]["error"] == "the process was killed by SIGSEGV: a crash in native code"
-    assert found["leave"]["error"] == "the process left with exit code 0"
-    assert found["exit"]["error"] == "SystemExit: 3"
+    assert {act: status["error"] for act, status in found.items()} == {
+        "SIGKILL": "the process was killed by SIGKILL: probably out of memory",
+        "fork": None,  # the child does not go on with the sweep
+        "leave": "the process left with exit code 0",
+        "hang": "rank 0 has done no step for stall_limit=3s (after step 2)",
+        "exit": "SystemExit: 3",
+        "nothing": None,
+    }
     assert "SIGKILL" in found["SIGKILL"]["log"].read_text()
+    stacks = found["hang"]["log"].read_text()
+    assert "mine.py" in stacks
+    assert "in forward" in stacks
+    assert "RuntimeError: in the child" in done.stderr
     assert all(status["attempt"] == 1 for status in found.values())
     assert done.stdout.count("A new worker takes the rest") == 3
     assert "done before, skipped" not in done.stdout  # nothing is told twice
-    assert "5 jobs, 1 done, 4 failed" in done.stdout
+    assert "6 jobs, 2 done, 4 failed" in done.stdout
 
-    again = bnlight("train", "-m", *CUSTOM, acts.replace(",leave,exit", ""), "--retry-failed")
+    again = bnlight("train", "-m", *CUSTOM, "+norm.act=nothing,SIGKILL,exit", "--retry-failed", "--fail-fast")
     assert again.returncode == 1
-    assert {act: status["attempt"] for act, status in statuses(ours).items()} == {
-        "SIGKILL": 2, "nothing": 1, "SIGSEGV": 2, "leave": 1, "exit": 1,
-    }  # fmt: skip
+    attempts = {act: status["attempt"] for act, status in statuses(ours).items()}
+    assert attempts["SIGKILL"] == 2
+    assert attempts["nothing"] == attempts["exit"] == 1  # the first failure has ended the sweep
 
 
-def test_a_killed_rank_fails_its_job_in_words(ours: Path, bnlight: Command) -> None:
-    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "+norm.on_rank=1"]
-    done = bnlight("train", "-m", *CUSTOM, *ranks, "+norm.act=SIGKILL,nothing")
-    assert done.returncode == 1
-    found = statuses(ours)
-    assert {act: status["state"] for act, status in found.items()} == {"SIGKILL": "failed", "nothing": "done"}
-    assert found["SIGKILL"]["error"] == "rank 1: was killed by SIGKILL: probably out of memory"
+def test_endings_in_words() -> None:
+    assert ended_how(3) == "left with exit code 3"
+    assert ended_how(-signal.SIGKILL) == "was killed by SIGKILL: probably out of memory"
+    assert ended_how(-signal.SIGSEGV) == "was killed by SIGSEGV: a crash in native code"
+    assert ended_how(-signal.SIGTERM) == "was killed by SIGTERM"
 
 
-def test_a_hanging_job_is_ended_with_its_stacks_and_the_rest_goes_on(ours: Path, bnlight: Command) -> None:
-    begun = time.monotonic()
-    done = bnlight("train", "-m", *CUSTOM, "+norm.act=hang,nothing", "stall_limit=3s")
-    assert time.monotonic() - begun < 90
-    assert done.returncode == 1
-    found = statuses(ours)
-    assert found["nothing"]["state"] == "done"
-    assert found["hang"]["state"] == "failed"
-    assert found["hang"]["error"] == "rank 0 has done no step for stall_limit=3s (after step 2)"
-    log = found["hang"]["log"].read_text()
-    assert "mine.py" in log
-    assert "in forward" in log
-    assert "stall_limit=3s" in done.stdout
-
-
-def test_a_rank_that_hangs_in_a_collective_ends_its_job_with_the_stacks_of_all(
-    ours: Path, bnlight: Command
+def test_ranks_that_are_killed_or_hang_in_a_collective_fail_their_job(
+    ours: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks = ["trainer=ddp", "trainer.accelerator=cpu", "+norm.on_rank=1", "stall_limit=8s"]
-    done = bnlight("train", "-m", *CUSTOM, *ranks, "+norm.act=hang", timeout=150)
-    assert done.returncode == 1
-    (status,) = statuses(ours).values()
-    assert status["state"] == "failed"
-    assert "has done no step for stall_limit=8s" in status["error"]
-    log = status["log"].read_text()
+    assert main(["train", "-m", *CUSTOM, *ranks, "+norm.act=SIGKILL,hang"]) == 1
+    found = statuses(ours)
+    assert {act: status["state"] for act, status in found.items()} == {"SIGKILL": "failed", "hang": "failed"}
+    assert found["SIGKILL"]["error"] == "rank 1: was killed by SIGKILL: probably out of memory"
+    assert "has done no step for stall_limit=8s" in found["hang"]["error"]
+    log = found["hang"]["log"].read_text()
     assert "rank 0: rank 0 has done no step" in log
     assert "rank 1: rank 1 has done no step" in log
     assert 'mine.py"' in log
@@ -130,15 +124,30 @@ def test_a_rank_that_hangs_in_a_collective_ends_its_job_with_the_stacks_of_all(
 def test_a_job_over_its_time_limit_has_failed_and_a_retry_has_the_time_again(
     ours: Path, bnlight: Command
 ) -> None:
-    long = [*CUSTOM, "trainer.max_epochs=100000", "time_limit=4s", "checkpoint_every=20"]
-    assert bnlight("train", "-m", *long).returncode == 1
+    long = [*CUSTOM, "trainer.max_epochs=100000", "time_limit=5s", "checkpoint_every=5"]
+    assert bnlight("train", *long).returncode == 75  # its own watchdog's, as nobody supervises one job
     (status,) = statuses(ours).values()
     assert status["state"] == "failed"
-    assert status["error"].startswith("time_limit=4s is used up (")
-    assert bnlight("train", "-m", *long, "--retry-failed").returncode == 1
+    assert status["error"].startswith("time_limit=5s is used up (")
+    (file,) = ours.glob("outputs/train/*/checkpoints/last.ckpt")
+    first = torch.load(file, weights_only=True)["global_step"]
+    assert bnlight("train", *long, "--retry-failed").returncode == 75
     (again,) = statuses(ours).values()
     assert again["attempt"] == 2
-    assert again["step"] > status["step"]  # it went on from its checkpoint
+    assert torch.load(file, weights_only=True)["global_step"] > first > 0  # it went on from its checkpoint
+
+
+def test_time_in_which_the_process_is_suspended_counts_for_no_limit(ours: Path, start: Start) -> None:
+    process = start("train", *CUSTOM, "trainer.max_epochs=100000", "stall_limit=4s")
+    until(lambda: list(ours.glob("outputs/train/*/checkpoints/last.ckpt")))
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    (status,) = statuses(ours).values()
+    assert status["state"] == "preempted"
 
 
 @pytest.mark.parametrize(
@@ -159,47 +168,70 @@ def test_limits_are_no_part_of_a_jobs_identity(project: Path, capsys: pytest.Cap
     assert "done before, skipped" in capsys.readouterr().out
 
 
-def test_fail_fast_ends_the_sweep_with_the_first_failure(ours: Path, bnlight: Command) -> None:
-    done = bnlight("train", "-m", *CUSTOM, "+norm.act=exit,nothing", "--fail-fast")
-    assert done.returncode == 1
+def test_fail_fast_ends_the_sweep_with_the_first_failure(
+    ours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "-m", *CUSTOM, "+norm.act=exit,nothing", "--fail-fast"]) == 1
     assert statuses(ours).keys() == {"exit"}
-    done = bnlight("train", "-m", *CUSTOM, "+norm.act=SIGKILL,nothing", "fail_fast=true")
-    assert done.returncode == 1
-    assert statuses(ours).keys() == {"exit", "SIGKILL"}
-    assert "1 failed" in done.stdout  # the comparison is printed all the same
+    assert "1 failed" in capsys.readouterr().out  # the comparison is printed all the same
 
 
-def _running(project: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A sweep in a session of its own, returned once its first job has a checkpoint."""
-    command = [sys.executable, "-m", "bnlight", "train", "-m", *CUSTOM, "trainer.max_epochs=3000", *arguments]
-    process = subprocess.Popen(
-        command,
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+def test_a_worker_that_dies_between_two_jobs_is_replaced(ours: Path, bnlight: Command) -> None:
+    (ours / "mine.py").write_text(
+        MINE + "from pathlib import Path\n"
+        "if Path('first').exists():\n"
+        "    Path('first').unlink()\n"
+        "    import bnlight.run.job as job\n"
+        "    scores = job._scores\n"
+        "    def leave(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    job._scores = leave\n"  # called when the job is done and recorded
     )
-    deadline = time.monotonic() + 120
-    while not list(project.glob("outputs/train/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return process
+    (ours / "first").touch()
+    done = bnlight("train", "-m", *CUSTOM, "seed=0,1")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "The sweep's worker was killed by SIGKILL: probably out of memory, outside of any job." in done.stderr
+    )
+    assert done.stdout.count("A new worker takes the rest") == 1
+    assert "2 jobs, 2 done" in done.stdout
 
 
-@pytest.mark.parametrize(("stop", "state"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
-def test_the_first_signal_stops_the_sweep_at_a_step(ours: Path, stop: signal.Signals, state: str) -> None:
-    process = _running(ours, "seed=0,1")
-    process.send_signal(stop)
+def test_a_signal_stops_the_sweep_at_a_step(ours: Path, start: Start) -> None:
+    process = start("train", "-m", *CUSTOM, "trainer.max_epochs=3000", "seed=0,1", "--force")
+    until(lambda: list(ours.glob("outputs/train/*/checkpoints/last.ckpt")))
+    process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert errors.count("The same command goes on where it stopped:\n  bnlight train -m ") == 1
+    assert errors.count("Without --force, which starts all again, it goes on where it stopped:\n") == 1
+    assert "--force" not in errors.splitlines()[-1]
     (status,) = statuses(ours).values()
-    assert status["state"] == state
-    assert f"{state} at {status['stopped']}" in output
+    assert status["state"] == "preempted"
+    assert f"preempted at {status['stopped']}" in output
     assert status["stopped"].startswith("epoch ")
     assert status["seconds"] > 0
     assert "A new worker" not in output
+
+
+@pytest.mark.parametrize(("name", "state"), [("SIGINT", "interrupted"), ("SIGTERM", "preempted")])
+def test_a_signal_during_the_test_of_a_job_stops_it_and_is_not_its_failure(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, state: str
+) -> None:
+    (project / "mine.py").write_text(
+        "import os, signal\nfrom bnlight.data import Digits\n"
+        "class Data(Digits):\n"
+        "    def test_dataloader(self):\n"
+        "        if os.environ.pop('SIGNAL', None):\n"
+        f"            os.kill(os.getpid(), signal.{name})\n"
+        "        return super().test_dataloader()\n"
+    )
+    command = ["train", *SMALL, "data=custom", "data._target_=mine.Data", "progress=off"]
+    monkeypatch.setenv("SIGNAL", "1")
+    assert main(command) == 130
+    assert f": {state}\n" in capsys.readouterr().out
+    monkeypatch.delenv("SIGNAL", raising=False)
+    assert main(command) == 0
+    assert f"{state} before, continued" in capsys.readouterr().out
 
 
 def test_ctrl_c_of_a_terminal_reaches_the_worker_once(ours: Path) -> None:
@@ -217,9 +249,7 @@ def test_ctrl_c_of_a_terminal_reaches_the_worker_once(ours: Path) -> None:
         start_new_session=True,
     )
     os.close(follower)
-    deadline = time.monotonic() + 120
-    while not list(ours.glob("outputs/train/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: list(ours.glob("outputs/train/*/checkpoints/last.ckpt")))
     os.write(leader, b"\x03")
     output = b""
     try:
@@ -235,15 +265,9 @@ def test_ctrl_c_of_a_terminal_reaches_the_worker_once(ours: Path) -> None:
     assert b"Traceback" not in output
 
 
-def test_a_second_ctrl_c_kills_a_worker_that_does_not_stop(ours: Path) -> None:
-    command = [sys.executable, "-m", "bnlight", "train", "-m", *CUSTOM, "+norm.act=hang"]
-    process = subprocess.Popen(
-        command, cwd=ours, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not list(ours.glob("outputs/train/*/job.log")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(4)  # the model is in its third step
+def test_a_second_ctrl_c_kills_a_worker_that_does_not_stop(ours: Path, start: Start) -> None:
+    process = start("train", "-m", *CUSTOM, "+norm.act=hang")
+    until((ours / "hangs").exists)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
@@ -255,8 +279,10 @@ def test_a_second_ctrl_c_kills_a_worker_that_does_not_stop(ours: Path) -> None:
     assert status["state"] == "interrupted"
 
 
-def test_the_supervisor_is_small_and_nothing_outlives_it(ours: Path) -> None:
-    process = _running(ours, "trainer=ddp", "trainer.accelerator=cpu")
+def test_the_supervisor_is_small_and_nothing_outlives_it(ours: Path, start: Start) -> None:
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=3000"]
+    process = start("train", "-m", *CUSTOM, *two)
+    until(lambda: list(ours.glob("outputs/train/*/checkpoints/last.ckpt")))
     supervisor = psutil.Process(process.pid)
     family = supervisor.children(recursive=True)
     assert len(family) >= 4  # worker, launcher, two ranks

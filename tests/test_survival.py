@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import multiprocessing
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +119,14 @@ def test_a_stopped_run_is_bit_by_bit_the_run_that_was_not_stopped(
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step, every in ((11, 4), (30, "10min")):
-        command = [sys.executable, "-m", "bnlight", "train", *ARGUMENTS, f"checkpoint_every={every}"]
-        environment = {**os.environ, "AT": str(step), "SIGNAL": "SIGKILL"}
-        killed = subprocess.run([*command, f"paths.outputs=k{step}"], env=environment, check=False)
-        assert killed.returncode == -9
+        command = ["train", *ARGUMENTS, f"checkpoint_every={every}", f"paths.outputs=k{step}"]
+        with monkeypatch.context() as environment:
+            environment.setenv("AT", str(step))
+            environment.setenv("SIGNAL", "SIGKILL")
+            killed = multiprocessing.get_context("fork").Process(target=main, args=(command,))
+            killed.start()
+            killed.join(60)
+        assert killed.exitcode == -9
         assert main(["train", *ARGUMENTS, f"paths.outputs=k{step}"]) == 0
         (job,) = Path(f"k{step}").glob("train/*/metrics.csv")
         again = pd.read_csv(job).query("attempt == 2")
@@ -136,17 +138,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(ours: Path, monkeypatch: 
     assert_same_run(Path("whole"), Path("k30"))
 
 
-@pytest.mark.parametrize(("name", "rank"), [("SIGTERM", "1")])
-def test_two_ranks_stop_at_one_step_and_go_on_bit_by_bit(
-    ours: Path, bnlight: Callable[..., subprocess.CompletedProcess[str]], name: str, rank: str
-) -> None:
+def test_two_ranks_stop_at_one_step_and_go_on_bit_by_bit(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [*ARGUMENTS, "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=2", "sync=none"]
     ranks += ["trainer.log_every_n_steps=4", "checkpoint_every=2", "time_limit=1h"]
-    assert bnlight("train", *ranks, "paths.outputs=whole").returncode == 0
-    stopped = bnlight("train", *ranks, "paths.outputs=cut", AT="12", ON=rank, SIGNAL=name)
-    assert stopped.returncode != 0
-    again = bnlight("train", *ranks, "paths.outputs=cut", "--retry-failed")
-    assert again.returncode == 0, again.stdout + again.stderr
+    assert main(["train", *ranks, "paths.outputs=whole"]) == 0
+    with monkeypatch.context() as environment:
+        for name, value in (("AT", "12"), ("ON", "1"), ("SIGNAL", "SIGTERM")):
+            environment.setenv(name, value)
+        assert main(["train", *ranks, "paths.outputs=cut"]) == 130
+    assert main(["train", *ranks, "paths.outputs=cut"]) == 0
     assert_same_run(ours / "whole", ours / "cut")
 
 
