@@ -21,6 +21,8 @@ from bnlight.cli import main
 from bnlight.run.status import read_status
 
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra optuna is not installed")
+# Optuna 2's first import of SQLAlchemy, which a test may do before the command does
+pytestmark = pytest.mark.filterwarnings("ignore:Deprecated API features detected")
 Command = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[1]
 OPTUNA_2 = importlib.metadata.version("optuna").startswith("2.")
