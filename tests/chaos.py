@@ -85,7 +85,8 @@ def check(folder: Path, jobs: int) -> None:
         assert owners.setdefault(status["wandb_id"], job.name) == job.name
         assert not [path for path in job.rglob(".*") if "ckpt" in path.name or "json." in path.name], job
     left = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(folder)]
-    assert not left, left
+    _, alive = psutil.wait_procs(left, timeout=10)  # the server that forks jobs ends after its last client
+    assert not alive, [p.cmdline() for p in alive]
 
 
 def main() -> None:
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--launchers", nargs="+", default=["serial", "parallel", "local"])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells have it ignored
     for launcher in options.launchers:
         folder, begun = Path(tempfile.mkdtemp(prefix=f"chaos-{launcher}-")), time.monotonic()
         counts = chaos(folder, launcher, options.jobs, options.kills, random.Random(options.seed))

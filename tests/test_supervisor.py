@@ -235,21 +235,7 @@ def test_a_signal_during_the_test_of_a_job_stops_it_and_is_not_its_failure(
 
 
 def test_ctrl_c_of_a_terminal_reaches_the_worker_once(ours: Path) -> None:
-    import pty
-
-    leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "bnlight", "train", "-m", *CUSTOM, "trainer.max_epochs=3000", "seed=0,1"]
-    code = f"import fcntl, os, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({command[0]!r}, {command!r})"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ours,
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        start_new_session=True,
-    )
-    os.close(follower)
-    until(lambda: list(ours.glob("outputs/train/*/checkpoints/last.ckpt")))
+    process, leader = _in_a_terminal(ours)
     os.write(leader, b"\x03")
     output = b""
     try:
@@ -263,6 +249,36 @@ def test_ctrl_c_of_a_terminal_reaches_the_worker_once(ours: Path) -> None:
     assert b"interrupted at epoch " in output
     assert output.count(b"The same command goes on where it stopped") == 1
     assert b"Traceback" not in output
+
+
+def test_a_terminal_that_is_closed_stops_the_sweep_at_a_step(ours: Path) -> None:
+    process, leader = _in_a_terminal(ours)
+    os.close(leader)
+    assert process.wait(60) == 130
+    (status,) = statuses(ours).values()  # the second job was not begun
+    assert status["state"] == "preempted"
+    assert status["stopped"].startswith("epoch ")
+
+
+def _in_a_terminal(project: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """A sweep with a terminal of its own, whose other end is the number returned, once its first job trains."""
+    import pty
+
+    leader, follower = pty.openpty()
+    arguments = ["train", "-m", *CUSTOM, "trainer.max_epochs=3000", "seed=0,1"]
+    command = [sys.executable, "-m", "bnlight", *arguments]
+    code = f"import fcntl, os, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv({command[0]!r}, {command!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=project,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+    )
+    os.close(follower)
+    until(lambda: list(project.glob("outputs/train/*/checkpoints/last.ckpt")))
+    return process, leader
 
 
 def test_a_second_ctrl_c_kills_a_worker_that_does_not_stop(ours: Path, start: Start) -> None:

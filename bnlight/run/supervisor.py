@@ -10,6 +10,7 @@ import contextlib
 import os
 import shlex
 import signal
+import stat
 import sys
 import time
 from pathlib import Path
@@ -113,7 +114,12 @@ class Supervisor:
         elif info.si_signo == signal.SIGINT and now - self.asked_at > SECONDS_OF_ONE_PRESS:
             os.kill(self.worker, signal.SIGKILL)
             return
-        if info.si_code != FROM_TERMINAL:
+        if (
+            info.si_signo == signal.SIGHUP
+        ):  # the terminal is closed; its kernel tells the session's leader alone
+            os.kill(self.worker, signal.SIGHUP)
+            os.kill(self.worker, signal.SIGTERM)
+        elif info.si_code != FROM_TERMINAL:
             os.kill(self.worker, info.si_signo)
 
     def _record(self, directory: Path, code: int) -> None:
@@ -149,3 +155,13 @@ def of_worker() -> None:
     if os.environ.pop(WORKER, None):
         die_with_parent()
         os.environ.pop(PARENT, None)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, _without_terminal)
+
+
+def _without_terminal(*_: Any) -> None:
+    """The terminal is closed, and SIGTERM comes next: what is printed until the end goes nowhere, and does not fail."""
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere.fileno(), stream)
