@@ -253,6 +253,10 @@ class Data(Digits):
             ids = json.loads((job / "status.json").read_text())["devices"]
             with open("log", "a") as file:
                 file.write(f"{time.time()} + {job.name} {','.join(ids)}\\n")
+            until = time.monotonic() + 60  # keep the device until the other sweep has begun, too
+            while len(list(job.parent.glob("*/status.json"))) < 3 and time.monotonic() < until:
+                time.sleep(0.1)
+            time.sleep(3)
         super().setup(stage)
 
     def teardown(self, stage):
