@@ -224,7 +224,8 @@ def _lead(config: dict[str, Any], directory: Path, label: str, last_alive: float
         stopped = stop.where if isinstance(stop, Stopped) else ""
         where = f" at {stopped}" if stopped else ""
         record(directory, state=how, stopped=stopped, seconds=used + time.perf_counter() - begun)
-        print(f"{title}: {how}{where}", flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal; Hydra would go on with the next job
+            print(f"{title}: {how}{where}", flush=True)
         if callable(previous := getattr(stop, "previous", None)):
             previous(stop.signum, None)  # type: ignore[attr-defined]  # a scheduler's tool, which asks for another turn
         raise
