@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from bnlight.lightning.checkpoint import Checkpoint as Checkpoint
     from bnlight.lightning.classifier import Classifier as Classifier
     from bnlight.lightning.divergence import StopOnDivergence as StopOnDivergence
-    from bnlight.lightning.sync import NormSync as NormSync
     from bnlight.lightning.last import LastCheckpoint as LastCheckpoint
+    from bnlight.lightning.sync import NormSync as NormSync
     from bnlight.lightning.timing import StepTimer as StepTimer
 
 _HOMES = {

@@ -15,7 +15,17 @@ from bnlight.run.weights import fingerprint
 
 # Where things are and what is shown: two jobs that differ only here are the same job.
 LIMITS = ("checkpoint_every", "time_limit", "stall_limit", "fail_fast", "dry_run")
-NOT_IDENTITY = ("hydra", "paths", "logger", "progress", "rerun", "job", "share_devices", "keep_checkpoints", *LIMITS)
+NOT_IDENTITY = (
+    "hydra",
+    "paths",
+    "logger",
+    "progress",
+    "rerun",
+    "job",
+    "share_devices",
+    "keep_checkpoints",
+    *LIMITS,
+)
 # Options that came later, as they are when they are off.
 OFF: dict[str, Any] = {
     "sync": {"_target_": None},

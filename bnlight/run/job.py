@@ -190,7 +190,9 @@ def _lead(config: dict[str, Any], directory: Path, label: str, last_alive: float
     if rerun == "all":
         status = _wipe(directory)
     config = config | {"rerun": rerun}
-    if state == "interrupted" and status.get("started") and last_alive:  # killed: it could not say for how long
+    if (
+        state == "interrupted" and status.get("started") and last_alive
+    ):  # killed: it could not say for how long
         status["seconds"] = status.get("seconds", 0.0) + max(0.0, last_alive - status["started"])
     write_atomic(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     status |= {
