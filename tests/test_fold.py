@@ -492,6 +492,15 @@ def test_the_copy_keeps_types_and_stays_in_evaluation() -> None:
     assert model.train().training
 
 
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_weight_and_bias_are_trained_if_each_was(weight: bool, bias: bool) -> None:
+    layer = nn.Linear(3, 3)
+    layer.weight.requires_grad, layer.bias.requires_grad = weight, bias
+    folded: Any = fold_norm(nn.Sequential(layer, nn.BatchNorm1d(3)))
+    assert (folded[0].weight.requires_grad, folded[0].bias.requires_grad) == (weight, bias)
+
+
 def test_the_copy_pickles_copies_exports_and_compiles(tmp_path: Any) -> None:
     model, x = trained(CNN((3, 8, 8), 5, BatchNorm, widths=(8,))), torch.randn(4, 3, 8, 8)
     folded = fold_norm(model)

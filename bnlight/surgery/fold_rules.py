@@ -208,7 +208,8 @@ def rescale(layer: Any, before: Affine | None, after: Affine | None) -> None:
     rows = rows.transpose(1, 2) if transposed else rows
     layer.weight = nn.Parameter(rows.reshape(weight.shape).to(like), requires_grad=like.requires_grad)
     if layer.bias is not None or bias.any():
-        layer.bias = nn.Parameter(bias.to(like), requires_grad=like.requires_grad)
+        trained = (like if layer.bias is None else layer.bias).requires_grad
+        layer.bias = nn.Parameter(bias.to(like), requires_grad=trained)
 
 
 def materialize(layer: nn.Module) -> None:
