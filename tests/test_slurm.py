@@ -57,7 +57,7 @@ def batch(project: Path, command: list[str], *options: str) -> tuple[int, str]:
     return int((project / "code").read_text()), (project / "said").read_text()
 
 
-def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not happen"

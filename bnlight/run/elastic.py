@@ -81,7 +81,9 @@ def _launch(directory: Path, processes: int, label: list[str], scratch: str) -> 
 
 def _first_failure(error: ChildFailedError, directory: Path) -> tuple[str, str]:
     """What went wrong in words, and the traceback of the rank that failed first."""
-    rank, failure = error.get_first_failure()
+    # The launcher ends the other ranks by SIGTERM, which may be noticed before what it did so for.
+    own = {rank: failure for rank, failure in error.failures.items() if failure.exitcode != -signal.SIGTERM}
+    rank, failure = min((own or error.failures).items(), key=lambda item: item[1].timestamp)
     if failure.exitcode == DIED and (written := read_json(directory / "status.json")).get("watchdog"):
         return written["error"], written["traceback"]
     message = failure.error_file_data.get("message", {})
