@@ -41,6 +41,8 @@ def test_a_page_runs_as_it_reads(page: str, project: Path) -> None:
                 if command.startswith("pip "):
                     continue  # what made this environment
                 run(command, f"{page}, below line {above}")
+    if page == "README.md":
+        assert len(list(project.glob("outputs/batch_size/*/result.json"))) == 2 * 2 * 3
 
 
 def run(command: str, where: str) -> None:
