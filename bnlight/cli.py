@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a job failed, 2 the command was wrong, 130 Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # a process of its own, not a call from Python
-        from bnlight.run.supervisor import of_worker, supervise, supervises
+        from bnlight.run.survive.supervisor import of_worker, supervise, supervises
 
         if supervises(given):
             return supervise(given)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     except KeyboardInterrupt:
-        from bnlight.run.supervisor import STOPPED, how_to_continue
+        from bnlight.run.survive.supervisor import STOPPED, how_to_continue
 
         print(f"\n{how_to_continue(given)}", file=sys.stderr)
         return STOPPED
@@ -88,12 +88,12 @@ def command_line() -> argparse.ArgumentParser:
 def train(arguments: list[str], config_name: str = "train", folder: Path | None = None) -> int:
     """`bnlight train`: Hydra's command line over the primary config, and the comparison if it was a sweep."""
     from bnlight.run import sweep
-    from bnlight.run.agent import of_agent, overrides
     from bnlight.run.application import run_hydra
-    from bnlight.run.command import begin_pass, command
     from bnlight.run.job import CommandError, FailFast, JobFailed
     from bnlight.run.plan import show_plan
-    from bnlight.run.processes import stops, this_rank
+    from bnlight.run.ranks.processes import stops, this_rank
+    from bnlight.run.survive.command import begin_pass, command
+    from bnlight.run.tracking.agent import of_agent, overrides
 
     sweep.current = None
     given = [OPTIONS.get(argument, argument) for argument in arguments]
@@ -208,7 +208,7 @@ def adapt(arguments: list[str]) -> int:
 
 def wandb(arguments: list[str]) -> int:
     """`bnlight wandb ls|sync DIR`: the W&B runs below a directory, and their upload."""
-    from bnlight.run.offline import main as offline
+    from bnlight.run.tracking.offline import main as offline
 
     return offline(arguments)
 

@@ -17,8 +17,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb.wandb_agent import Agent
 from wandb_file import read_run
 
-from bnlight.run.agent import overrides
 from bnlight.run.application import compose_job
+from bnlight.run.tracking.agent import overrides
 
 SWEEPS = sorted(Path(bnlight.sweeps.__path__[0], "wandb").glob("*.yaml"))
 

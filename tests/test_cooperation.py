@@ -20,10 +20,11 @@ import pytest
 from conftest import SMALL, until
 
 from bnlight.cli import main
-from bnlight.run import lock, sweep
-from bnlight.run.agree import differences
-from bnlight.run.lock import JobBusy, own, owner
+from bnlight.run import sweep
+from bnlight.run.ranks.agree import differences
 from bnlight.run.status import read_status, update_status
+from bnlight.run.survive import lock
+from bnlight.run.survive.lock import JobBusy, own, owner
 
 Start = Callable[..., subprocess.Popen[str]]
 JOB = [*SMALL, "progress=off"]

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 from conftest import SMALL
 
-from bnlight.run import devices
-from bnlight.run.devices import Lease, devices_of, lease, leased_devices, visible_devices
+from bnlight.run.ranks import devices
+from bnlight.run.ranks.devices import Lease, devices_of, lease, leased_devices, visible_devices
 
 # A process that leases, notes when it held what, and says so.
 HOLDER = """
 import os, sys, time
-from bnlight.run.devices import lease
+from bnlight.run.ranks.devices import lease
 number, share, seconds, log = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 with lease(number, "cpu", share, say=lambda text: print("waits:", text, flush=True), holder=sys.argv[5]) as got:
     with open(log, "a") as file:

@@ -18,7 +18,7 @@ from conftest import SMALL
 from four_jobs import MINE, OWN, RANKS, Command, check_four_jobs, inside, seen
 
 from bnlight.cli import main
-from bnlight.run.launchers import EXTRAS
+from bnlight.run.launch.launchers import EXTRAS
 from bnlight.run.status import read_status
 
 assert inside  # a fixture

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import SMALL
 
-from bnlight.run.processes import processes_of
+from bnlight.run.ranks.processes import processes_of
 from bnlight.run.status import read_status
 
 RANKS = [*SMALL, "trainer=ddp", "trainer.accelerator=cpu"]

@@ -19,8 +19,8 @@ from conftest import SMALL
 from four_jobs import MINE, OWN, RANKS, Command, check_four_jobs, inside, seen
 from slurm import slurm
 
-from bnlight.run import submit
-from bnlight.run.started import Started
+from bnlight.run.launch import submit
+from bnlight.run.ranks.started import Started
 from bnlight.run.status import read_status
 
 assert slurm  # a fixture
@@ -111,7 +111,7 @@ ROWS = [
 TRAINED = (3, 5)  # the others only as evidence
 PROBE = """
 import json, pathlib
-from bnlight.run.started import WrongRanks, check_ranks, started
+from bnlight.run.ranks.started import WrongRanks, check_ranks, started
 
 place, said = started(), []
 for devices in (2, 1):

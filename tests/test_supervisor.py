@@ -17,7 +17,7 @@ import torch
 from conftest import SMALL, until
 
 from bnlight.cli import main
-from bnlight.run.processes import ended_how
+from bnlight.run.ranks.processes import ended_how
 from bnlight.run.status import read_status
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

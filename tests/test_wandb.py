@@ -14,7 +14,7 @@ from conftest import SMALL
 from wandb_file import read_run
 
 from bnlight.cli import main
-from bnlight.run.tracking import logged_in
+from bnlight.run.tracking.logger import logged_in
 
 TRACKED = [*(argument for argument in SMALL if not argument.startswith("logger")), "logger=wandb"]
 
@@ -100,7 +100,7 @@ def test_credentials_are_found_without_the_network(project: Path, monkeypatch: p
 def test_a_server_that_cannot_be_reached_costs_no_job(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
     script = (
-        "import sys; from bnlight.cli import main; import bnlight.run.tracking as tracking\n"
+        "import sys; from bnlight.cli import main; import bnlight.run.tracking.logger as tracking\n"
         "tracking.SECONDS_TO_CONNECT = 2.0\n"
         f"sys.exit(main(['train', '-m', *{TRACKED!r}, 'seed=0,1']))"
     )

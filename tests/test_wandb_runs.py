@@ -18,8 +18,8 @@ from wandb_file import records
 from wandb_server import serving
 
 from bnlight.cli import main
-from bnlight.run.offline import command, find_runs
-from bnlight.run.pieces import pieces
+from bnlight.run.tracking.offline import command, find_runs
+from bnlight.run.tracking.pieces import pieces
 
 # A norm that kills its process without a word, at the numbers of training forwards that KILL_AT lists.
 KILLING = """

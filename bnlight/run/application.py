@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bnlight.lightning.build import any_target
-from bnlight.run import identity, launchers, searchpath
+from bnlight.run import identity, searchpath
 from bnlight.run.job import CommandError, run_job
+from bnlight.run.launch import launchers
 
 # Hydra 1.3 warns without a version base, 1.4 with one.
 VERSION_BASE: Any = {} if any_target() else {"version_base": "1.3"}

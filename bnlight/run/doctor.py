@@ -19,7 +19,7 @@ from bnlight.run import sweep
 from bnlight.run.isolation import isolated, log_to
 from bnlight.run.job import CommandError
 from bnlight.run.module import build_data, build_module
-from bnlight.run.processes import processes_of
+from bnlight.run.ranks.processes import processes_of
 from bnlight.run.weights import weights_file
 
 _TOLD: dict[Path, set[str]] = {}

@@ -20,14 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnlight.lightning.stop import Stopped, seconds
 from bnlight.run import sweep
-from bnlight.run.agent import run_id
-from bnlight.run.agree import agree
-from bnlight.run.command import note, of_this_command, told
-from bnlight.run.devices import devices_of, lease
 from bnlight.run.identity import choices, identity
-from bnlight.run.processes import RankFailed, WrongDevices, already_started, launch, processes_of, this_rank
 from bnlight.run.prune import KEEP, remove, superfluous
-from bnlight.run.started import WrongRanks, check_ranks, follow, go, leading, meeting, together
+from bnlight.run.ranks.agree import agree
+from bnlight.run.ranks.devices import devices_of, lease
+from bnlight.run.ranks.processes import (
+    RankFailed,
+    WrongDevices,
+    already_started,
+    launch,
+    processes_of,
+    this_rank,
+)
+from bnlight.run.ranks.started import WrongRanks, check_ranks, follow, go, leading, meeting, together
 from bnlight.run.status import (
     JobBusy,
     own,
@@ -37,6 +42,8 @@ from bnlight.run.status import (
     write_atomic,
     write_json,
 )
+from bnlight.run.survive.command import note, of_this_command, told
+from bnlight.run.tracking.agent import run_id
 
 FINISHED = ("done", "diverged")
 NEEDED = (

@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from bnlight.run import sweep
 from bnlight.run.application import run_hydra
 from bnlight.run.job import FINISHED, check_command
-from bnlight.run.lock import owner
 from bnlight.run.status import read_status
+from bnlight.run.survive.lock import owner
 
 looking = False  # this process shows a plan
 CHOOSES_ITSELF = "{sweeper} chooses each job by the results of those before, so none can be listed."

@@ -13,8 +13,8 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from bnlight.run.command import WATCHED
 from bnlight.run.status import this_process, update_status
+from bnlight.run.survive.command import WATCHED
 
 SECONDS_BETWEEN_BEATS, SECONDS_BETWEEN_BEATS_WATCHED = 15.0, 1.0
 SECONDS_BETWEEN_REFRESHES = 0.2

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bnlight.run.lock import JobBusy, own
 from bnlight.run.status import read_status
+from bnlight.run.survive.lock import JobBusy, own
 
 FINISHED = ("done", "diverged")
 KEEP = ("all", "best", "none")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bnlight.run.command import WATCHED, journal
+from bnlight.run.survive.command import WATCHED, journal
 from bnlight.run.watch import Reader, view
 
 SECONDS_BETWEEN_LOOKS = 0.5

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bnlight.run.lock import STALE_SECONDS, owner
-from bnlight.run.lock import JobBusy as JobBusy
-from bnlight.run.lock import own as own
+from bnlight.run.survive.lock import STALE_SECONDS, owner
+from bnlight.run.survive.lock import JobBusy as JobBusy
+from bnlight.run.survive.lock import own as own
 
 STATES = ("running", "done", "failed", "diverged", "preempted", "interrupted")
 

@@ -15,11 +15,11 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from bnlight.run.command import JOURNAL, journal, note
 from bnlight.run.duration import duration as duration
-from bnlight.run.listed import each_job
-from bnlight.run.lock import owner
+from bnlight.run.launch.listed import each_job
 from bnlight.run.status import read_status, write_json
+from bnlight.run.survive.command import JOURNAL, journal, note
+from bnlight.run.survive.lock import owner
 from bnlight.run.watch import TOTAL
 
 ENDED = ("done", "diverged", "failed")

@@ -23,16 +23,16 @@ from bnlight.lightning.initial import initialize
 from bnlight.lightning.last import AtomicCheckpointIO, LastCheckpoint
 from bnlight.lightning.stop import Stopped, seconds
 from bnlight.lightning.timing import StepTimer
-from bnlight.run.devices import leased_devices
 from bnlight.run.doctor import doctor_of_job
 from bnlight.run.metrics import MetricsFile
 from bnlight.run.module import build_data, build_module, monitored, unused
-from bnlight.run.processes import this_rank
 from bnlight.run.progress import Heartbeat, progress_display
 from bnlight.run.provenance import cpu_name, git_commit, versions
-from bnlight.run.started import cluster_environment
+from bnlight.run.ranks.devices import leased_devices
+from bnlight.run.ranks.processes import this_rank
+from bnlight.run.ranks.started import cluster_environment
 from bnlight.run.status import read_json, write_json
-from bnlight.run.watchdog import Steps, Watchdog
+from bnlight.run.survive.watchdog import Steps, Watchdog
 from bnlight.run.weights import weights_file
 
 log = logging.getLogger(__name__)

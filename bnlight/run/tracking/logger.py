@@ -45,9 +45,9 @@ def wandb_logger(
     import wandb
     from pytorch_lightning.loggers import WandbLogger
 
-    from bnlight.run.agent import of_agent
-    from bnlight.run.continued import ContinuedLogger
-    from bnlight.run.pieces import pieces
+    from bnlight.run.tracking.agent import of_agent
+    from bnlight.run.tracking.continued import ContinuedLogger
+    from bnlight.run.tracking.pieces import pieces
 
     job = config["job"]
     chosen = job["choices"]

@@ -23,10 +23,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from bnlight.lightning.build import instantiate
-from bnlight.run.command import SINCE
 from bnlight.run.identity import identity
 from bnlight.run.job import CommandError, FailFast, JobFailed
-from bnlight.run.lock import own, owner
+from bnlight.run.survive.command import SINCE
+from bnlight.run.survive.lock import own, owner
 
 DIRECTIONS = {"max": "maximize", "min": "minimize"}
 PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
@@ -247,7 +247,7 @@ class Turn:
 
 def at_a_time(launcher: Any) -> int:
     """How many trials to choose at once for `n_jobs: 0`: as many as `hydra/launcher=parallel` runs, else one."""
-    from bnlight.run.parallel import Parallel
+    from bnlight.run.launch.parallel import Parallel
 
     if not isinstance(launcher, Parallel):
         return 1

@@ -1,4 +1,4 @@
-"""The launcher of a job's ranks: `python -m bnlight.run.elastic JOB_DIRECTORY PROCESSES [LABEL]`.
+"""The launcher of a job's ranks: `python -m bnlight.run.ranks.elastic JOB_DIRECTORY PROCESSES [LABEL]`.
 
 A thin use of torch's elastic launcher: it finds a free port, starts the ranks from the job's directory, ends all
 when one fails, and says which failed first and how.
@@ -20,9 +20,9 @@ from torch.distributed.elastic.multiprocessing import api as multiprocessing
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from bnlight.run.command import DIED, STOPPED_BY_SIGNAL
-from bnlight.run.processes import die_with_parent, ended_how, parenthood
+from bnlight.run.ranks.processes import die_with_parent, ended_how, parenthood
 from bnlight.run.status import read_json, update_status
+from bnlight.run.survive.command import DIED, STOPPED_BY_SIGNAL
 
 
 def main() -> int:
@@ -67,7 +67,7 @@ def _launch(directory: Path, processes: int, label: list[str], scratch: str) -> 
         logs_specs=DefaultLogsSpecs(log_dir=scratch),  # where a failed rank leaves its traceback
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "bnlight.run.rank", str(directory), *label)
+        elastic_launch(config, sys.executable)("-m", "bnlight.run.ranks.rank", str(directory), *label)
     except ChildFailedError as error:
         if error.get_first_failure()[1].exitcode == STOPPED_BY_SIGNAL:
             return STOPPED_BY_SIGNAL

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from bnlight.run.command import DIED
 from bnlight.run.status import update_status
+from bnlight.run.survive.command import DIED
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_OF_A_PAUSE = 2.0  # between two looks, and without work: the process was suspended

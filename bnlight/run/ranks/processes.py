@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bnlight.lightning.stop import ASKING, Stopped, foreign
-from bnlight.run.command import STOPPED_BY_SIGNAL
-from bnlight.run.started import started
+from bnlight.run.ranks.started import started
 from bnlight.run.status import read_json
+from bnlight.run.survive.command import STOPPED_BY_SIGNAL
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PARENT = "BNLIGHT_PARENT_PID"
@@ -92,7 +92,7 @@ def launch(directory: Path, processes: int, label: str, environment: Mapping[str
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # In a session of its own, so that Ctrl-C reaches the ranks once: from here.
     agent = subprocess.Popen(
-        [sys.executable, "-m", "bnlight.run.elastic", str(directory), str(processes), label],
+        [sys.executable, "-m", "bnlight.run.ranks.elastic", str(directory), str(processes), label],
         env=os.environ | parenthood() | {"OMP_NUM_THREADS": threads} | dict(environment or {}),
         start_new_session=True,
     )

@@ -64,7 +64,7 @@ def leased_devices(wanted: Any) -> Any:
 
 def devices_of(trainer: Mapping[str, Any]) -> int | list[int]:
     """What the trainer's config wants leased: how many devices, or which places of the visible list."""
-    from bnlight.run.processes import processes_of
+    from bnlight.run.ranks.processes import processes_of
 
     devices = trainer.get("devices", 1)
     if isinstance(devices, list | tuple):

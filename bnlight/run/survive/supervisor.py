@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from bnlight.run.command import DIED, WORKER, command, journal, note, unfinished
-from bnlight.run.lock import owner
-from bnlight.run.processes import PARENT, die_with_parent, ended_how, parenthood
+from bnlight.run.ranks.processes import PARENT, die_with_parent, ended_how, parenthood
 from bnlight.run.screen import Screen, is_wanted
 from bnlight.run.status import read_json, update_status
+from bnlight.run.survive.command import DIED, WORKER, command, journal, note, unfinished
+from bnlight.run.survive.lock import owner
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 FROM_TERMINAL = 0x80  # si_code SI_KERNEL: the terminal sent it, to the worker as well

@@ -18,9 +18,9 @@ from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
 from bnlight.run.job import CommandError
-from bnlight.run.launchers import BnlightLauncher, Job, environment, not_done
-from bnlight.run.parallel import passing_on, threads_for
-from bnlight.run.processes import WrongDevices, ended_how, processes_of
+from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_done
+from bnlight.run.launch.parallel import passing_on, threads_for
+from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
 from bnlight.run.status import read_status
 
 SECONDS_BETWEEN_LOOKS = 1.0

@@ -29,9 +29,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bnlight.lightning.stop import Stopped
 from bnlight.run import identity, searchpath, sweep
-from bnlight.run.command import note, of_this_command
 from bnlight.run.job import FINISHED, CommandError, FailFast, JobFailed
 from bnlight.run.status import read_status, update_status
+from bnlight.run.survive.command import note, of_this_command
 
 # What each launcher needs beside bnlight's own dependencies, and the extra that brings it.
 SECONDS_TO_BE_KILLED = 300.0  # SLURM's grace time and KillWait are shorter
@@ -204,10 +204,10 @@ def require(package: str, preset: str) -> None:
 
 def register() -> None:
     """Make launchers and sweepers known to Hydra, whose 1.3 takes plugins from the package hydra_plugins only."""
-    from bnlight.run.listed import List
-    from bnlight.run.parallel import Parallel, RayLocal
-    from bnlight.run.search import Search
-    from bnlight.run.submit import Local, Slurm
+    from bnlight.run.launch.listed import List
+    from bnlight.run.launch.parallel import Parallel, RayLocal
+    from bnlight.run.launch.search import Search
+    from bnlight.run.launch.submit import Local, Slurm
 
     for plugin in (Parallel, RayLocal, Local, Slurm, Search, List):
         Plugins.instance().class_name_to_class[f"hydra_plugins.bnlight.{plugin.__name__}"] = plugin

@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from bnlight.run.pieces import Piece, read_piece
 from bnlight.run.status import read_status
+from bnlight.run.tracking.pieces import Piece, read_piece
 
 USAGE = """\
 usage: bnlight wandb ls DIR...                  the W&B runs below DIR, piece by piece
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
     if what == "ls":
         show(runs)
         return 0
-    from bnlight.run.tracking import logged_in
+    from bnlight.run.tracking.logger import logged_in
 
     if not options.dry_run and not logged_in():
         print(
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _unreachable() -> str:
     """Why W&B's server cannot be asked, found in seconds; `wandb sync` itself would try again for hours."""
-    from bnlight.run.tracking import server
+    from bnlight.run.tracking.logger import server
 
     url = urlsplit(server())
     if getproxies().get(url.scheme) and not proxy_bypass(url.hostname or ""):

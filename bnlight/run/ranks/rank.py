@@ -1,4 +1,4 @@
-"""One rank of a job, started by the launcher: `python -m bnlight.run.rank JOB_DIRECTORY [LABEL]`."""
+"""One rank of a job, started by the launcher: `python -m bnlight.run.ranks.rank JOB_DIRECTORY [LABEL]`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from bnlight.lightning.stop import Stopped
-from bnlight.run.command import STOPPED_BY_SIGNAL
-from bnlight.run.processes import die_with_parent
+from bnlight.run.ranks.processes import die_with_parent
 from bnlight.run.status import update_status
+from bnlight.run.survive.command import STOPPED_BY_SIGNAL
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 
-from bnlight.run.devices import visible_devices
-from bnlight.run.launchers import BnlightLauncher, Job, environment, not_done
-from bnlight.run.processes import WrongDevices, ended_how, processes_of
+from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_done
+from bnlight.run.ranks.devices import visible_devices
+from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
@@ -37,7 +37,7 @@ class Parallel(BnlightLauncher):
 
         number = self._at_a_time(joblib.effective_n_jobs)
         forks = multiprocessing.get_context("forkserver")
-        forks.set_forkserver_preload(["bnlight.run.train", "bnlight.run.launchers"])
+        forks.set_forkserver_preload(["bnlight.run.train", "bnlight.run.launch.launchers"])
         live: dict[int, int] = {}  # process id by job number
         with threads_for(number), passing_on(lambda: list(live.values())) as stopped:
             runs = joblib.Parallel(n_jobs=number, backend="threading", batch_size=1, **self._rest())(

@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from bnlight.run.pieces import Piece
+from bnlight.run.tracking.pieces import Piece
 
 ALONG = ("epoch",)  # logged with every row: no news by itself
 
