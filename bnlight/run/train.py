@@ -24,6 +24,7 @@ from bnlight.lightning.last import AtomicCheckpointIO, LastCheckpoint
 from bnlight.lightning.stop import Stopped, seconds
 from bnlight.lightning.timing import StepTimer
 from bnlight.run.doctor import doctor_of_job
+from bnlight.run.memory import peak_memory, reset_peak_memory
 from bnlight.run.metrics import MetricsFile
 from bnlight.run.module import build_data, build_module, monitored, unused
 from bnlight.run.progress import Heartbeat, progress_display
@@ -31,8 +32,9 @@ from bnlight.run.provenance import cpu_name, git_commit, versions
 from bnlight.run.ranks.devices import leased_devices
 from bnlight.run.ranks.processes import this_rank
 from bnlight.run.ranks.started import cluster_environment
-from bnlight.run.status import read_json, write_json
+from bnlight.run.status import read_json, update_status, write_json
 from bnlight.run.survive.watchdog import Steps, Watchdog
+from bnlight.run.tracking.logger import run_url
 from bnlight.run.weights import weights_file
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
 
 
 def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Watchdog) -> None:
-    begun = time.time()
+    begun, measured = time.time(), reset_peak_memory()
     status = read_json(directory / "status.json")
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
@@ -67,6 +69,8 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
         used = {name: value for name, value in config.items() if name not in unused(config)}
         tracker = instantiate(config["logger"])(used, directory, status["wandb_id"])
         loggers.append(tracker)
+        if url := run_url(tracker.experiment):
+            update_status(directory, wandb_url=url)
     exit_code = 1
     try:
         trainer = build_trainer(config, directory, loggers, label)
@@ -78,7 +82,8 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
             metrics |= _metrics_of_the_best(trainer, monitored(config)[0])
             metrics |= _test(trainer, module, data)
         if trainer.is_global_zero:
-            _write_result(directory, config, trainer, metrics, diverged, time.time() - begun)
+            memory = peak_memory(trainer.strategy.root_device, measured)
+            _write_result(directory, config, trainer, metrics, diverged, time.time() - begun, memory)
         exit_code = 0
     finally:
         if tracker is not None:
@@ -195,6 +200,7 @@ def _write_result(
     metrics: dict[str, float],
     diverged: str | None,
     took: float,
+    memory: int | None,
 ) -> None:
     device = trainer.strategy.root_device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -205,6 +211,8 @@ def _write_result(
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
         "seconds": took,
+        "peak_memory": memory,
+        "wandb_url": read_json(directory / "status.json").get("wandb_url"),
         "identity": config["job"]["identity"],
         "config": dict(config),
         "unused": unused(config),

@@ -99,6 +99,11 @@ def wandb_logger(
     return logger
 
 
+def run_url(run: Any) -> str | None:
+    """Where the run is seen in a browser; None offline."""
+    return None if run.offline or run.disabled else run.url
+
+
 def _tolerant(write: Callable[..., None]) -> Callable[..., None]:
     """W&B's own process may be gone (SLURM's SIGTERM reaches it too): the job goes on, metrics.csv has it all."""
     gone: list[Exception] = []
