@@ -1,0 +1,218 @@
+"""Paired tests over seeds: which contenders these seeds tell apart, by how much, and what it would take."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+
+from bnlight.compare.evidence.repeats import by_repeat, conditions
+from bnlight.compare.stats import Cell, number
+
+ALPHA = 0.05
+POWER = 0.8
+MOST = 1000  # more seeds than anybody will run
+FEW = 5  # below this many seeds, a t test rests on the normality of its differences
+EXACT = 10  # up to here all sign flips are tried: 2 ** 10
+
+FAMILY = (
+    "Differences are paired over common seeds and tested by Student's t. Which contender is best is known only "
+    "afterwards, so p is corrected by Holm over all pairs of one condition; told apart means p < 0.05 after that."
+)
+FEW_SEEDS = (
+    f"With fewer than {FEW} common seeds a paired t test rests on the differences being normal, which so few "
+    "cannot show; the sign-flip p does not, but cannot fall below 2 / 2^n."
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two contenders under one condition, over the n seeds on which both finished; each at its chosen setting.
+
+    - `difference`: the mean over seeds of `better` minus `worse`, turned so that better is positive;
+    - `low`, `high`: its 95 % interval, `difference ± t(0.975, n - 1) * sd / sqrt(n)`;
+    - `effect`: Hedges' g_z, that is Cohen's `d_z = difference / sd` of the differences times the small-sample
+      correction `gamma(m / 2) / (sqrt(m / 2) * gamma((m - 1) / 2))`, m = n - 1 (Hedges 1981; Lakens 2013);
+    - `p`: of the two-sided paired t test; `p_holm` (Holm 1979) is corrected over all pairs of the condition;
+    - `p_permutation`: of the exact test that flips the differences' signs, uncorrected; None above 10 seeds;
+    - `told_apart`: `p_holm` is at most 0.05;
+    - `more_seeds`: how many further seeds give a power of 0.8 if the true effect is the one seen, at the level
+      that Holm asks of the next pair (0.05 / number of pairs not told apart); None where they are told apart, below
+      3 seeds, and above 1000;
+    - `leading`: one of the two is the best of its condition.
+
+    Numbers that n does not allow are NaN. Where all differences are the same there is no spread to test by: `p` is
+    then the sign flips', and the effect NaN.
+    """
+
+    condition: str
+    better: str
+    worse: str
+    n: int
+    difference: float
+    low: float
+    high: float
+    effect: float
+    p: float
+    p_holm: float
+    told_apart: bool
+    more_seeds: int | None
+    text: str
+    p_permutation: float | None = None
+    leading: bool = False
+
+
+def find_pairs(cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFrame) -> list[Pair]:
+    """All pairs of contenders under each condition, those of the best one first."""
+    return [pair for chosen in conditions(cells).values() for pair in _family(chosen, metric, lower, repeats)]
+
+
+def _family(cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFrame) -> list[Pair]:
+    """The pairs of one condition, whose p values are corrected together."""
+    results = [by_repeat(cell, metric, repeats) * (-1 if lower else 1) for cell in cells]
+    pairs = []
+    for first, second in combinations(range(len(cells)), 2):
+        both = (results[first] - results[second]).dropna()
+        differences = both.groupby(level="seed").mean().to_numpy()
+        better, worse = cells[first], cells[second]
+        if len(differences) and differences.mean() < 0:
+            better, worse, differences = worse, better, -differences
+        pair = paired(better.condition, better.contender, worse.contender, differences)
+        pairs.append(replace(pair, leading=first == 0))
+    lost = {cell.contender: text for cell in cells if (text := _lost(cell))}
+    return [replace(pair, text=_text(pair, lost)) for pair in _corrected(pairs)]
+
+
+def paired(condition: str, better: str, worse: str, differences: np.ndarray) -> Pair:
+    """The pair's own numbers, before any correction."""
+    from scipy.stats import ttest_1samp
+
+    n = len(differences)
+    mean = float(differences.mean()) if n else math.nan
+    low = high = effect = p = math.nan
+    permuted = _sign_flips(differences) if 2 <= n <= EXACT else None
+    if n > 1 and _same(differences):
+        low = high = mean
+        p = permuted if permuted is not None else 2.0 ** (1 - n) if mean else 1.0
+    elif n > 1:
+        test = ttest_1samp(differences, 0.0)
+        low, high = map(float, test.confidence_interval(0.95))
+        p = float(test.pvalue)
+        effect = _hedges(n) * mean / float(differences.std(ddof=1)) if n > 2 else math.nan
+    return Pair(condition, better, worse, n, mean, low, high, effect, p, p, False, None, "", permuted)
+
+
+def _same(differences: np.ndarray) -> bool:
+    """Whether all differences are one number, up to the rounding of the subtraction."""
+    return bool(np.ptp(differences) <= 1e-12 * max(1.0, float(np.abs(differences).max())))
+
+
+def _hedges(n: int) -> float:
+    m = n - 1
+    return math.exp(math.lgamma(m / 2) - math.lgamma((m - 1) / 2)) / math.sqrt(m / 2)
+
+
+def _sign_flips(differences: np.ndarray) -> float:
+    from scipy.stats import permutation_test
+
+    pair = (differences, np.zeros_like(differences))
+    test = permutation_test(
+        pair,
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        n_resamples=2**EXACT,
+        vectorized=True,
+    )
+    return float(test.pvalue)
+
+
+def _corrected(pairs: list[Pair]) -> list[Pair]:
+    from statsmodels.stats.multitest import multipletests
+
+    tested = [pair for pair in pairs if math.isfinite(pair.p)]
+    if not tested:
+        return pairs
+    told, corrected, *_ = multipletests([pair.p for pair in tested], alpha=ALPHA, method="holm")
+    level = ALPHA / max(1, int((~told).sum()))
+    found = {
+        id(pair): replace(
+            pair,
+            p_holm=float(p),
+            told_apart=bool(apart),
+            more_seeds=None if apart else more_seeds(pair.effect, pair.n, level),
+        )
+        for pair, p, apart in zip(tested, corrected, told, strict=True)
+    }
+    return [found.get(id(pair), pair) for pair in pairs]
+
+
+def more_seeds(effect: float, n: int, alpha: float = ALPHA) -> int | None:
+    """Seeds beyond n with which a paired t test at level `alpha` finds this effect with a power of 0.8.
+
+    None if the effect is unknown or takes more than 1000.
+    """
+    from statsmodels.stats.power import TTestPower
+
+    def power(seeds: int) -> float:
+        return float(TTestPower().power(abs(effect), seeds, alpha))
+
+    if not math.isfinite(effect) or power(n + MOST) < POWER:
+        return None
+    return 1 + bisect_left(range(n + 1, n + MOST), POWER, key=power)
+
+
+def _lost(cell: Cell) -> str:
+    states = {state: cell.states[state] for state in ("diverged", "failed") if state in cell.states}
+    if not states:
+        return ""
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    total = int((cell.runs["state"] != "duplicate").sum())
+    return f"{cell.contender} lost {sum(states.values())} of {total} seeds ({counts})"
+
+
+def _text(pair: Pair, lost: dict[str, str]) -> str:
+    where = f"At {pair.condition}: " if pair.condition else ""
+    losses = "; ".join(lost[name] for name in (pair.better, pair.worse) if name in lost)
+    return f"{where}{_sentence(pair)}.{f' {losses}: no number here shows that.' if losses else ''}"
+
+
+def _sentence(pair: Pair) -> str:
+    """What these seeds say of the two."""
+    both, by = f"{pair.better} and {pair.worse}", number(pair.difference)
+    if pair.n == 0:
+        return f"{both} have no finished seed in common, so they cannot be paired"
+    if pair.n == 1:
+        return (
+            f"{both} have one seed in common ({pair.better} better by {by}), which says nothing of the spread"
+        )
+    if pair.low == pair.high == 0:
+        return f"{both} are exactly equal on all {pair.n} common seeds"
+    if pair.low == pair.high:
+        shown = f"by exactly {by} on each of {pair.n} common seeds, {_p(pair)}"
+        if pair.told_apart:
+            return f"With these seeds, {pair.better} is better than {pair.worse}, {shown}"
+        return f"{pair.better} is better than {pair.worse} {shown}: too few to exclude chance"
+    shown = f"{pair.n} common seeds, {_p(pair)}"
+    interval = f"95 % interval {number(pair.low)} to {number(pair.high)}"
+    if pair.told_apart:
+        return f"With these seeds, {pair.better} is better than {pair.worse} by {by} ({interval}, {shown})"
+    return f"With these seeds, {both} cannot be told apart (difference {by}, {interval}, {shown}): {_needs(pair)}"
+
+
+def _needs(pair: Pair) -> str:
+    if pair.more_seeds is not None:
+        plural = "s" if pair.more_seeds > 1 else ""
+        return f"if the true difference is this one, it needs about {pair.more_seeds} more seed{plural}"
+    if not math.isfinite(pair.effect):
+        return "two seeds are too few to say how many more it needs"
+    return f"so small a difference needs over {MOST} more seeds"
+
+
+def _p(pair: Pair) -> str:
+    value = "< 0.0001" if pair.p_holm < 0.0001 else f"= {pair.p_holm:.2g}"
+    return f"p {value} after Holm"

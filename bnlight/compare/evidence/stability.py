@@ -1,0 +1,101 @@
+"""How dependable a contender is: divergence, rough training, the train-eval gap, learning rates, time to a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from bnlight.compare.stats import Cell, Estimate, estimate
+
+
+@dataclass(frozen=True)
+class Stability:
+    """One contender under one condition, over its runs at every tuned setting, whatever became of them.
+
+    - `runs`, `diverged`, `failed`: how many; a failure is a crash and says nothing of the numbers;
+    - `divergence_rate`: diverged runs over those that trained to an end, done or diverged; NaN if there are none;
+    - `roughness`, `gap`, `norm_gap`: the runs' `roughness`, `train_eval_gap` and `norm_gap` (see `derive`);
+    - `largest_stable_lr`: the largest learning rate among the settings at which some run is done, none diverged, and
+      the mean result keeps half of the contender's best: within `|best| / 2` of it where more is better, within
+      `|best|` where less is (a loss at most twice the lowest). None if there is none;
+    - `largest_lr`: the largest that was tried. Where the two are equal, the limit may lie higher;
+    - `steps`, `seconds`: medians to the target at the chosen setting, over the `ended` runs that are done or
+      diverged; one that never got there counts as later than all others, and if that is the median, it is None.
+      `reached` of them got there.
+    """
+
+    condition: str
+    contender: str
+    runs: int
+    diverged: int
+    failed: int
+    roughness: Estimate
+    gap: Estimate
+    largest_stable_lr: float | None
+    norm_gap: Estimate
+    largest_lr: float | None
+    steps: float | None
+    seconds: float | None
+    reached: int
+    ended: int
+    divergence_rate: float
+
+
+def find_stability(cells: Sequence[Cell], lower: bool) -> list[Stability]:
+    """One entry per condition and contender, in the order of the table."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.condition, cell.contender), []).append(cell)
+    return [_stability(group, lower) for group in groups.values()]
+
+
+def _stability(cells: Sequence[Cell], lower: bool) -> Stability:
+    runs = pd.concat([cell.runs for cell in cells])
+    runs = runs[runs["state"] != "duplicate"]
+    states = runs["state"].value_counts()
+    done, diverged = int(states.get("done", 0)), int(states.get("diverged", 0))
+    chosen = next((cell.runs for cell in cells if cell.chosen), cells[0].runs)
+    ended = chosen[chosen["state"].isin(["done", "diverged"])]
+    return Stability(
+        condition=cells[0].condition,
+        contender=cells[0].contender,
+        runs=len(runs),
+        diverged=diverged,
+        failed=int(states.get("failed", 0)),
+        roughness=estimate(runs.get("roughness", [])),
+        gap=estimate(runs.get("train_eval_gap", [])),
+        largest_stable_lr=_largest_stable(cells, lower),
+        norm_gap=estimate(runs.get("norm_gap", [])),
+        largest_lr=_largest(cells),
+        steps=_median(ended.get("steps_to_target")),
+        seconds=_median(ended.get("seconds_to_target")),
+        reached=int(ended["steps_to_target"].notna().sum()),
+        ended=len(ended),
+        divergence_rate=diverged / (done + diverged) if done + diverged else math.nan,
+    )
+
+
+def _largest(cells: Sequence[Cell]) -> float | None:
+    rates = [float(rate) for cell in cells for rate in cell.runs["lr"].dropna()]
+    return max(rates, default=None)
+
+
+def _largest_stable(cells: Sequence[Cell], lower: bool) -> float | None:
+    finished = [cell for cell in cells if cell.metric.n]
+    if not finished:
+        return None
+    signed = {id(cell): cell.metric.mean * (-1 if lower else 1) for cell in finished}
+    best = max(signed.values())
+    worst = best - abs(best) * (1 if lower else 0.5)
+    return _largest([c for c in finished if "diverged" not in c.states and signed[id(c)] >= worst])
+
+
+def _median(values: pd.Series | None) -> float | None:
+    if values is None or not len(values):
+        return None
+    median = float(values.fillna(np.inf).median())
+    return median if math.isfinite(median) else None
