@@ -18,8 +18,25 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A shell starts what it puts into the background with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # a training to stop
+
 # A job of a few steps on the embedded digits; its W&B run stays on this machine.
 SMALL = ["model=mlp", "model.width=16", "model.depth=1", "trainer=cpu", "trainer.max_epochs=1", "logger=csv"]
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A test that leaves a handler of a signal behind fails itself, instead of the tests that come after it."""
+    before = {signum: signal.getsignal(signum) for signum in ASKING}
+    yield
+    left = {
+        signum.name: signal.getsignal(signum)
+        for signum in ASKING
+        if signal.getsignal(signum) is not before[signum]
+    }
+    for signum in ASKING:
+        signal.signal(signum, before[signum])
+    assert not left
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -102,6 +103,8 @@ def main(folder: str, *runs: str) -> None:
             train(Path(folder, f"{run}.pt"), *run.split(":"))
         except Exception as error:
             Path(folder, f"{run}.txt").write_text(str(error))
+    if dist.is_initialized():  # the threads of an open group now and then abort a process that ends
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -117,6 +117,19 @@ def test_a_stopped_run_is_bit_by_bit_the_run_that_was_not_stopped(
         assert_same_run(Path("whole"), Path(f"at-{step}"))
 
 
+def test_a_handler_that_lightning_left_behind_keeps_no_signal_from_a_job(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    over._signal_connector.register_signal_handlers()
+    monkeypatch.setenv("AT", "3")
+    monkeypatch.setenv("SIGNAL", "SIGTERM")
+    try:
+        assert main(["train", *ARGUMENTS]) == 130
+    finally:
+        over._signal_connector.teardown()
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step, every in ((11, 4), (30, "10min")):
         command = ["train", *ARGUMENTS, f"checkpoint_every={every}", f"paths.outputs=k{step}"]

@@ -32,10 +32,12 @@ class Stopped(KeyboardInterrupt):
 
 
 def foreign(handler: Any) -> bool:
-    """Whether another tool has set this handler: neither Python nor bnlight."""
-    return (
-        callable(handler) and handler is not signal.default_int_handler and not hasattr(handler, "of_bnlight")
-    )
+    """Whether another tool has set this handler: neither Python nor bnlight, nor a Trainer that is over."""
+    if several := getattr(handler, "signal_handlers", None):  # Lightning's own among what was there before
+        return any(map(foreign, several))
+    lightning = str(getattr(handler, "__module__", "")).startswith(("pytorch_lightning.", "lightning."))
+    ours = lightning or hasattr(handler, "of_bnlight")
+    return callable(handler) and handler is not signal.default_int_handler and not ours
 
 
 class StopRequest:

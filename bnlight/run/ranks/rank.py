@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -30,14 +31,18 @@ def main() -> None:
     from bnlight.run.train import train
 
     directory = Path(sys.argv[1])
-    rank = int(os.environ["RANK"])
+    rank, code = int(os.environ["RANK"]), 0
     with log_to(directory / "job.log", rank=rank):
         try:
             train(read_config(directory), directory, label=" ".join(sys.argv[2:]))
         except Stopped as stop:  # the job's owner records it; rank 0 leaves last, so only its code counts
             if rank == 0:
                 update_status(directory, stopped=stop.where, signum=int(stop.signum))
-                sys.exit(STOPPED_BY_SIGNAL)
+                code = STOPPED_BY_SIGNAL
+    if dist.is_initialized():  # the threads of an open group now and then abort a process that ends
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
