@@ -1,50 +1,50 @@
-"""Read the `metrics.csv` of many jobs into one table: files with the same columns are parsed together."""
+"""The metrics of many runs in one table; `metrics.csv` files with the same columns are parsed together."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
+from bnlight.compare.read.run import Run, why
+
 KEYS = ("directory", "job", "norm", "step")
-NUMBER = "__job__"  # which of the jobs a line is of
+NUMBER = "__run__"  # which of the runs a line is of
 
 
-def read_histories(jobs: Sequence[tuple[Path, Mapping[str, Any]]], notes: list[str]) -> pd.DataFrame:
-    """One row per job and step: of each metric, the value of the last attempt that has one.
+def read_histories(runs: Sequence[Run]) -> pd.DataFrame:
+    """One row per run and step: of each metric, the value of the last attempt that has one.
 
-    `jobs` are directories with their rows, of which `job` and `norm` are taken. What cannot be read is noted.
+    What cannot be read becomes a note of its run.
     """
     by_header: dict[str, list[tuple[int, str]]] = {}
-    for index, (folder, _) in enumerate(jobs):
+    lines = []
+    for index, run in enumerate(runs):
+        if run.folder is None:
+            lines += [{NUMBER: index, **line} for line in run.lines]
+            continue
         try:
-            text = (folder / "metrics.csv").read_text(encoding="utf-8")
+            text = (run.folder / "metrics.csv").read_text(encoding="utf-8")
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            notes.append(f"{folder.name}: metrics.csv cannot be read ({_first_line(error)})")
+            run.notes.append(f"metrics.csv cannot be read ({why(error)})")
             continue
         # A line without its newline was cut by a kill: its last number may have lost digits.
         header, _, body = text[: text.rfind("\n") + 1].partition("\n")
         if header.strip():
             by_header.setdefault(header, []).append((index, body))
-    tables = []
-    for header, bodies in by_header.items():
-        names = [jobs[index][0].name for index, _ in bodies]
-        table = _parsed(header, bodies, names, notes)
-        if table is not None and len(table):
-            tables.append(table)
+    tables = [_parsed(header, bodies, runs) for header, bodies in by_header.items()]
+    tables = [table for table in (*tables, pd.DataFrame(lines)) if table is not None and len(table)]
     if not tables:
         return pd.DataFrame(columns=[*KEYS, "epoch", "time"])
     history = pd.concat(tables, ignore_index=True)
     number = history.pop(NUMBER).astype(int)
     labels = {
-        "directory": [folder.name for folder, _ in jobs],
-        "job": [row["job"] for _, row in jobs],
-        "norm": [row["norm"] for _, row in jobs],
+        "directory": [run.key for run in runs],
+        "job": [run.row["job"] for run in runs],
+        "norm": [run.row["norm"] for run in runs],
     }
     for name, values in labels.items():
         history[name] = pd.Series(values, dtype=object).reindex(number).to_numpy()
@@ -54,9 +54,7 @@ def read_histories(jobs: Sequence[tuple[Path, Mapping[str, Any]]], notes: list[s
     return history.groupby([*KEYS], sort=True, dropna=False).last().reset_index()
 
 
-def _parsed(
-    header: str, bodies: Sequence[tuple[int, str]], names: Sequence[str], notes: list[str]
-) -> pd.DataFrame | None:
+def _parsed(header: str, bodies: Sequence[tuple[int, str]], runs: Sequence[Run]) -> pd.DataFrame | None:
     lines = [f"{NUMBER},{header}"]
     for index, body in bodies:
         lines += [f"{index},{line}" for line in body.splitlines() if line]
@@ -64,21 +62,16 @@ def _parsed(
         frame = pd.read_csv(io.StringIO("\n".join(lines) + "\n"), on_bad_lines="skip", low_memory=False)
     except (ValueError, pd.errors.ParserError) as error:
         if len(bodies) > 1:  # one of them: find it
-            tables = [
-                _parsed(header, [body], [name], notes) for body, name in zip(bodies, names, strict=True)
-            ]
+            tables = [_parsed(header, [body], runs) for body in bodies]
             kept = [table for table in tables if table is not None]
             return pd.concat(kept, ignore_index=True) if kept else None
-        notes.append(f"{names[0]}: metrics.csv cannot be read ({_first_line(error)})")
+        runs[bodies[0][0]].notes.append(f"metrics.csv cannot be read ({why(error)})")
         return None
     if "step" not in frame:
-        notes.extend(f"{name}: metrics.csv has no column step, left out" for name in names)
+        for index, _ in bodies:
+            runs[index].notes.append("metrics.csv has no column step, left out")
         return None
     for name in frame.columns:
         if not pd.api.types.is_numeric_dtype(frame[name]):
             frame[name] = pd.to_numeric(frame[name], errors="coerce")
     return frame.dropna(axis="columns", how="all").dropna(subset=["step"])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
