@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from bnlight.run.tracking.job import JobLogger
 from bnlight.run.tracking.pieces import Piece
 
 ALONG = ("epoch",)  # logged with every row: no news by itself
 
 
-class ContinuedLogger(WandbLogger):
+class ContinuedLogger(JobLogger):
     """Logs what the earlier pieces of the run have not: W&B's steps go on after theirs, metric by metric.
 
     The server takes a run's rows in increasing steps only, so a piece that began at step 0 again would be lost. And
     an attempt that was killed has logged steps after its last checkpoint, which the next one trains again.
     """
 
-    def __init__(self, run: Any, directory: Path, earlier: Sequence[Piece]) -> None:
-        super().__init__(experiment=run, save_dir=directory)
+    def __init__(self, run: Any, *arguments: Any, earlier: Sequence[Piece]) -> None:
+        super().__init__(run, *arguments)
         self._logged: dict[str, int] = {}
         for piece in earlier:
             self._logged |= piece.logged

@@ -8,13 +8,13 @@ import importlib.metadata
 import logging
 import netrc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from pytorch_lightning.loggers import WandbLogger
+    from bnlight.run.tracking.job import JobLogger
 
 log = logging.getLogger(__name__)
 SECONDS_TO_CONNECT = 30.0
@@ -33,20 +33,24 @@ def wandb_logger(
     entity: str | None = None,
     mode: Mode | None = None,
     tags: Sequence[str] = (),
-) -> WandbLogger:
+    log_model: Literal["best"] | None = None,
+) -> JobLogger:
     """Start (or continue) the job's W&B run in `directory` and return Lightning's logger for it.
 
     The run is called after the job, grouped by sweep, typed by norm, and carries the resolved config with the
     norm's name in `norm.name`. `mode=None` is online where W&B has a key (`wandb login`, `WANDB_API_KEY`), else
     offline; `WANDB_MODE` wins. A server that cannot be reached makes the run an offline one, which goes on at the
-    step where the last one of this directory has ended. Call `logger.experiment.finish(exit_code=...)` when the job
-    ends.
+    step where the last one of this directory has ended. `log_model="best"` makes the best checkpoint the run's
+    artifact, offline too; ValueError for anything else but None. Call `logger.experiment.finish(exit_code=...)`
+    when the job ends.
     """
+    if log_model not in (None, "best"):
+        raise ValueError(f"logger.log_model is null or best, got {log_model!r}")
     import wandb
-    from pytorch_lightning.loggers import WandbLogger
 
     from bnlight.run.tracking.agent import of_agent
     from bnlight.run.tracking.continued import ContinuedLogger
+    from bnlight.run.tracking.job import JobLogger
     from bnlight.run.tracking.pieces import pieces
 
     job = config["job"]
@@ -86,37 +90,18 @@ def wandb_logger(
         log.warning("W&B cannot be reached, so this process logs offline: %s", error)
         wandb.teardown()  # its service still holds the run's id
         run = wandb.init(mode="offline", **settings)
-    run.define_metric("trainer/global_step")
-    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     if mode != "disabled":
         _save_requirements(run)
-    logger = (
-        ContinuedLogger(run, directory, earlier)
-        if run.offline and earlier
-        else WandbLogger(experiment=run, save_dir=directory)
-    )
-    logger.log_metrics = _tolerant(logger.log_metrics)  # type: ignore[method-assign]
-    return logger
+    monitor = config.get("monitor") or {"metric": None, "mode": "max"}
+    given = (run, directory, monitor["metric"], monitor["mode"], log_model)
+    if run.offline and earlier:
+        return ContinuedLogger(*given, earlier=earlier)
+    return JobLogger(*given)
 
 
 def run_url(run: Any) -> str | None:
     """Where the run is seen in a browser; None offline."""
     return None if run.offline or run.disabled else run.url
-
-
-def _tolerant(write: Callable[..., None]) -> Callable[..., None]:
-    """W&B's own process may be gone (SLURM's SIGTERM reaches it too): the job goes on, metrics.csv has it all."""
-    gone: list[Exception] = []
-
-    def log_metrics(*arguments: Any, **named: Any) -> None:
-        try:
-            if not gone:
-                write(*arguments, **named)
-        except (OSError, RuntimeError) as error:
-            gone.append(error)
-            log.warning("W&B takes no more metrics of this job: %s", error)
-
-    return log_metrics
 
 
 def _flushing(settings: Any) -> dict[str, Any]:
