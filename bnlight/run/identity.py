@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import omegaconf
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf, read_write
 
 from bnlight.run.weights import fingerprint
 
@@ -41,19 +42,41 @@ def identity(config: DictConfig, complete: bool = True) -> str:
 
     Values may be missing (`???`) if `complete` is False: what a search has yet to choose.
     """
-    config = copy.deepcopy(config)
-    OmegaConf.set_readonly(config, False)
-    with open_dict(config):
-        config.pop("hydra", None)
-        for root in config.get("paths", {}):
-            config.paths[root] = f"<{root}>"
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
-    assert isinstance(resolved, dict)
-    kept = {str(key): value for key, value in resolved.items() if key not in NOT_IDENTITY}
+    with _constant_roots(config):
+        kept = {str(key): _plain(config, key, complete) for key in config if key not in NOT_IDENTITY}
     _leave_out_what_is_off(kept)
     if kept.get("init_from"):
         kept["init_from"] = fingerprint(kept["init_from"])  # the weights, wherever they lie
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _constant_roots(config: DictConfig) -> Iterator[None]:
+    """Each of `config.paths` is its own name for the block; a copy of a config costs more than all else here."""
+    paths = config.get("paths")
+    if not paths:
+        yield
+        return
+    before = OmegaConf.to_container(paths, resolve=False)
+    assert isinstance(before, dict)
+    with read_write(paths):
+        try:
+            paths.update({root: f"<{root!s}>" for root in before})
+            yield
+        finally:
+            paths.update(before)
+
+
+def _plain(config: DictConfig, key: Any, complete: bool) -> Any:
+    """The resolved value of a key, without OmegaConf's classes."""
+    if OmegaConf.is_missing(config, key):
+        if complete:
+            raise MissingMandatoryValue(f"Missing mandatory value: {key}\n    full_key: {key}")
+        return "???"
+    value = config[key]
+    if not OmegaConf.is_config(value):
+        return value
+    return OmegaConf.to_container(value, resolve=True, throw_on_missing=complete)
 
 
 def _leave_out_what_is_off(config: dict[str, Any]) -> None:

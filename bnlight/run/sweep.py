@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from bnlight.run.duration import duration as duration
 from bnlight.run.launch.listed import each_job
+from bnlight.run.read_once import read_once
 from bnlight.run.status import read_status, write_json
 from bnlight.run.survive.command import JOURNAL, journal, note
 from bnlight.run.survive.lock import owner
@@ -50,10 +51,11 @@ current: Sweep | None = None  # of this process; a process runs one sweep at a t
 
 
 class SweepProgress(Callback):
-    """A Hydra callback that notes where the sweep is and how many jobs it has."""
+    """A Hydra callback that notes where the sweep is and how many jobs it has; config files are then read once."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global current
+        read_once()
         current = Sweep(directory=Path(config.hydra.sweep.dir), total=_count(config))
         if JOURNAL in os.environ:  # not a dry run
             with contextlib.suppress(OSError):  # for display alone
