@@ -1,8 +1,9 @@
-"""Numbers a run's history implies: best validation values, steps to a target, seconds per step."""
+"""Numbers a run's history implies: best validation values, time to a target, speed, train-eval gap, roughness."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ _LOWER = {
     "time",
     "steps",
 }
+_ACCUMULATE = "trainer.accumulate_grad_batches"
+_NEEDED = ("step", "epoch", "time", "train/loss", "val/loss", "val/accuracy")
+_SECONDS, _NORM_GAP = "train/seconds_per_step", "norm/max_train_eval_gap"
 
 
 def lower_is_better(metric: str) -> bool:
@@ -75,41 +79,122 @@ def derive(
     history: pd.DataFrame,
     target: float,
     monitor: Monitor = Monitor(),
+    configs: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Add the derived columns to a copy of `runs`.
+    """Add the derived columns to a copy of `runs`; what a run's history does not give is missing.
 
     - `best_val/<name>`: the best value of each `val/` metric: the lowest loss, the highest accuracy; likewise of
       what the jobs monitor;
-    - `steps_to_target`: the first step with `val/accuracy >= target`, missing if there is none;
-    - `seconds_per_step`: the median over epochs of `train/seconds_per_step`. The first epoch carries the
-      start (compiling, filling caches), so it is left out where there are others.
+    - `steps_to_target`: the first step with `val/accuracy >= target`;
+    - `seconds_to_target`: the seconds of training until then, see `training_seconds`;
+    - `seconds_per_step`: the median over epochs of `train/seconds_per_step`, the time of one batch. The first epoch
+      carries the start (compiling, filling caches), so it is left out where there are others;
+    - `samples_per_second`: `batch_size * world_size / seconds_per_step`;
+    - `train_eval_gap`: the last `val/loss` minus the mean `train/loss` since the validation before it. A training
+      loss is taken in training mode (batch statistics, dropout) while the weights move, so this is more than
+      overfitting, and may be negative;
+    - `norm_gap`: the last `norm/max_train_eval_gap`, how far some layer's output is from that in training mode;
+    - `roughness`: see `roughness`;
+    - `peak_memory`: bytes, as the job has measured them.
+
+    `configs` tells how many batches a step has (`trainer.accumulate_grad_batches`), by default one.
     """
     derived = runs.copy()
-    finite = history.replace([np.inf, -np.inf], np.nan)
-    by_job = finite.groupby("directory")
     names = {name for frame in (runs, history) for name in map(str, frame.columns) if name.startswith("val/")}
     names |= {monitor.metric} & {*runs.columns, *history.columns}
+    seen = _finite(history, runs.index, names)
+    by_job = _by_job(seen)
     for name in sorted(names):
         best = runs[name].copy() if name in runs else pd.Series(np.nan, index=runs.index)
         if name in history:
-            seen = by_job[name].min() if monitor.lower(name) else by_job[name].max()
-            best = seen.reindex(runs.index).fillna(best)
+            found = by_job[name].min() if monitor.lower(name) else by_job[name].max()
+            best = found.reindex(runs.index).fillna(best)
         derived[f"best_{name}"] = best
-    derived["steps_to_target"] = np.nan
-    if "val/accuracy" in history:
-        reached = finite[finite["val/accuracy"] >= target]
-        derived["steps_to_target"] = reached.groupby("directory")["step"].min().reindex(runs.index)
-    derived["seconds_per_step"] = _seconds_per_step(finite).reindex(runs.index)
+    seen["seconds"] = training_seconds(seen, _batches_per_step(runs, configs))
+    first = seen[seen["val/accuracy"] >= target].drop_duplicates("directory").set_index("directory")
+    measured = {
+        "steps_to_target": first["step"],
+        "seconds_to_target": first["seconds"],
+        "seconds_per_step": _seconds_per_step(seen),
+        "train_eval_gap": _train_eval_gap(seen),
+        "norm_gap": by_job[_NORM_GAP].last(),
+        "roughness": roughness(seen),
+    }
+    for name, values in measured.items():
+        derived[name] = values.reindex(runs.index)
+    rate = runs["batch_size"] * runs["world_size"] / derived["seconds_per_step"]
+    derived["samples_per_second"] = rate.replace(np.inf, np.nan)
+    memory = runs["peak_memory"] if "peak_memory" in runs else pd.Series(np.nan, index=runs.index)
+    derived["peak_memory"] = pd.to_numeric(memory, errors="coerce")
     return derived
 
 
+def training_seconds(history: pd.DataFrame, batches: pd.Series | None = None) -> pd.Series:
+    """Of each row of the history, the seconds of training until then: validation and pauses are left out.
+
+    The sum over the steps so far of `train/seconds_per_step` (of the epoch that they are in) times `batches` per
+    step; a step that an interrupted attempt has done as well counts once. Where a run has no such metric, a step
+    takes the median of elapsed `time` over steps between rows, which a pause does not move.
+    """
+    by_job = _by_job(history)
+    steps = by_job["step"].diff()
+    measured = _by_job(history, by_job[_SECONDS].bfill()).ffill()
+    if batches is not None:
+        measured = measured * history["directory"].map(batches).astype(float)
+    elapsed = (by_job["time"].diff() / steps).where(steps > 0)
+    per_step = measured.fillna(_by_job(history, elapsed).transform("median"))
+    seconds: pd.Series = _by_job(history, steps.fillna(history["step"]) * per_step).cumsum()
+    return seconds
+
+
+def roughness(history: pd.DataFrame) -> pd.Series:
+    """Of each run, how jagged its training loss is: the standard deviation of the increments of `log(train/loss)`.
+
+    The increments are those between logged values; losses that are not positive are left out. A loss that falls
+    exponentially is not rough (0), whatever its scale and rate; 0.1 is a jump of about 10 % from one logged value
+    to the next. Runs compare if they log equally often at one batch size. Differencing takes the trend out, as in
+    the dispersion across time of Chan et al. (Measuring the Reliability of Reinforcement Learning Algorithms, ICLR
+    2020); the standard deviation, unlike their interquartile range, also sees the rare spike.
+    """
+    positive = history[history["train/loss"] > 0]
+    increments = _by_job(positive, np.log(positive["train/loss"])).diff()
+    deviation: pd.Series = _by_job(positive, increments).std()
+    return deviation
+
+
+def _finite(history: pd.DataFrame, jobs: pd.Index, names: Collection[str]) -> pd.DataFrame:
+    """The columns needed, in the order of the steps; what is not a finite number is missing."""
+    columns = dict.fromkeys([*_NEEDED, _SECONDS, _NORM_GAP, *sorted(names)])
+    numbers = history.reindex(columns=list(columns)).astype(float)
+    numbers = numbers.where(np.isfinite(numbers))
+    numbers["directory"] = pd.Categorical(history["directory"], categories=jobs)
+    return numbers.sort_values(["directory", "step"], kind="stable", ignore_index=True)
+
+
+def _by_job(history: pd.DataFrame, values: pd.Series | None = None) -> Any:
+    """The history's rows, or values that belong to them, run by run."""
+    return (history if values is None else values).groupby(history["directory"], observed=True, sort=False)
+
+
+def _batches_per_step(runs: pd.DataFrame, configs: pd.DataFrame | None) -> pd.Series:
+    if configs is None or _ACCUMULATE not in configs:
+        return pd.Series(1.0, index=runs.index)
+    return pd.to_numeric(configs[_ACCUMULATE], errors="coerce").reindex(runs.index).fillna(1.0)
+
+
+def _train_eval_gap(history: pd.DataFrame) -> pd.Series:
+    validated = history["val/loss"].notna().astype(int)
+    before = _by_job(history, validated).cumsum() - validated
+    last = _by_job(history[before == _by_job(history, validated).transform("sum") - 1])
+    gap: pd.Series = last["val/loss"].last() - last["train/loss"].mean()
+    return gap
+
+
 def _seconds_per_step(history: pd.DataFrame) -> pd.Series:
-    name = "train/seconds_per_step"
-    if name not in history:
-        return pd.Series(dtype=float)
-    timed = history.dropna(subset=[name])
-    epoch = timed["epoch"].fillna(0) if "epoch" in timed else pd.Series(0, index=timed.index)
-    epochs = timed.groupby([timed["directory"], epoch.rename("epoch")])[name].mean().reset_index()
-    by_job = epochs.groupby("directory")["epoch"]
+    timed = history.dropna(subset=[_SECONDS])
+    by_epoch = timed.fillna({"epoch": 0}).groupby(["directory", "epoch"], observed=True)
+    epochs = by_epoch[_SECONDS].mean().reset_index()
+    by_job = _by_job(epochs)["epoch"]
     later = (epochs["epoch"] > by_job.transform("min")) | (by_job.transform("size") == 1)
-    return epochs[later].groupby("directory")[name].median()
+    seconds: pd.Series = _by_job(epochs[later])[_SECONDS].median()
+    return seconds
