@@ -85,7 +85,7 @@ def _family(cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFra
         pair = paired(better.condition, better.contender, worse.contender, differences)
         pairs.append(replace(pair, leading=first == 0))
     lost = {cell.contender: text for cell in cells if (text := _lost(cell))}
-    return [replace(pair, text=_text(pair, lost)) for pair in _corrected(pairs)]
+    return [replace(pair, text=_text(pair, lost)) for pair in corrected(pairs)]
 
 
 def paired(condition: str, better: str, worse: str, differences: np.ndarray) -> Pair:
@@ -131,13 +131,14 @@ def _sign_flips(differences: np.ndarray) -> float:
     return float(test.pvalue)
 
 
-def _corrected(pairs: list[Pair]) -> list[Pair]:
+def corrected(pairs: list[Pair]) -> list[Pair]:
+    """The pairs of one family with `p_holm`, whether it tells them apart, and else how many seeds would."""
     from statsmodels.stats.multitest import multipletests
 
     tested = [pair for pair in pairs if math.isfinite(pair.p)]
     if not tested:
         return pairs
-    told, corrected, *_ = multipletests([pair.p for pair in tested], alpha=ALPHA, method="holm")
+    told, adjusted, *_ = multipletests([pair.p for pair in tested], alpha=ALPHA, method="holm")
     level = ALPHA / max(1, int((~told).sum()))
     found = {
         id(pair): replace(
@@ -146,7 +147,7 @@ def _corrected(pairs: list[Pair]) -> list[Pair]:
             told_apart=bool(apart),
             more_seeds=None if apart else more_seeds(pair.effect, pair.n, level),
         )
-        for pair, p, apart in zip(tested, corrected, told, strict=True)
+        for pair, p, apart in zip(tested, adjusted, told, strict=True)
     }
     return [found.get(id(pair), pair) for pair in pairs]
 
@@ -193,11 +194,11 @@ def _sentence(pair: Pair) -> str:
     if pair.low == pair.high == 0:
         return f"{both} are exactly equal on all {pair.n} common seeds"
     if pair.low == pair.high:
-        shown = f"by exactly {by} on each of {pair.n} common seeds, {_p(pair)}"
+        shown = f"by exactly {by} on each of {pair.n} common seeds, {p_words(pair.p_holm)}"
         if pair.told_apart:
             return f"With these seeds, {pair.better} is better than {pair.worse}, {shown}"
         return f"{pair.better} is better than {pair.worse} {shown}: too few to exclude chance"
-    shown = f"{pair.n} common seeds, {_p(pair)}"
+    shown = f"{pair.n} common seeds, {p_words(pair.p_holm)}"
     interval = f"95 % interval {number(pair.low)} to {number(pair.high)}"
     if pair.told_apart:
         return f"With these seeds, {pair.better} is better than {pair.worse} by {by} ({interval}, {shown})"
@@ -213,6 +214,6 @@ def _needs(pair: Pair) -> str:
     return f"so small a difference needs over {MOST} more seeds"
 
 
-def _p(pair: Pair) -> str:
-    value = "< 0.0001" if pair.p_holm < 0.0001 else f"= {pair.p_holm:.2g}"
-    return f"p {value} after Holm"
+def p_words(p: float) -> str:
+    """`p = 0.004 after Holm`."""
+    return f"p {'< 0.0001' if p < 0.0001 else f'= {p:.2g}'} after Holm"

@@ -11,31 +11,48 @@ from bnlight.compare.axes import Axes, shown
 from bnlight.compare.stats import Cell
 
 
-def repeats_of(configs: pd.DataFrame, axes: Axes) -> pd.DataFrame:
-    """What each job repeats: a row per job with a seed, of the columns `seed` and `setting`, both in words.
+def seeds_of(configs: pd.DataFrame) -> pd.Series:
+    """What each job draws its randomness from: `seed`, with every other key that ends so and that all jobs have.
 
-    `seed` joins the config's `seed` and every other key that ends so and that all jobs have: jobs with one `seed` but
-    two `data.split_seed` are two repeats. `setting` joins the keys that are averaged over (`Axes.averaged`).
+    Two jobs with one `seed` but different `data.split_seed` are different repeats. A job without a seed is left out:
+    nothing can be paired with it.
     """
     if "seed" not in configs:
-        return pd.DataFrame(columns=["seed", "setting"], dtype=object)
+        return pd.Series(dtype=object)
     known = configs[configs["seed"].notna()]
     others = [
         key for key in known if str(key).endswith("seed") and key != "seed" and known[key].notna().all()
     ]
-    return pd.DataFrame({"seed": _words(known[["seed", *others]]), "setting": _words(known[axes.averaged])})
+    return _words(known[["seed", *others]])
+
+
+def by_seed(cell: Cell, metric: str, seeds: pd.Series) -> pd.Series:
+    """The finite results of the cell's done runs, one per seed; the mean where a seed ran more than once."""
+    values = _results(cell, metric)
+    return values.groupby(seeds.reindex(values.index)).mean()
+
+
+def repeats_of(configs: pd.DataFrame, axes: Axes) -> pd.DataFrame:
+    """Of each job with a seed: its `seed`, and in words its `setting` of the keys that are averaged over."""
+    seeds = seeds_of(configs)
+    return pd.DataFrame({"seed": seeds, "setting": _words(configs.loc[seeds.index, axes.averaged])})
+
+
+def by_repeat(cell: Cell, metric: str, repeats: pd.DataFrame) -> pd.Series:
+    """As `by_seed`, but what is averaged over is kept apart: indexed by seed and setting."""
+    values = _results(cell, metric)
+    both = repeats.reindex(values.index)
+    return values.groupby([both["seed"], both["setting"]]).mean()
+
+
+def _results(cell: Cell, metric: str) -> pd.Series:
+    values = cell.done.reindex(columns=[metric])[metric].astype(float)
+    return values[np.isfinite(values)]
 
 
 def _words(table: pd.DataFrame) -> pd.Series:
     rows = table.itertuples(index=False, name=None)
     return pd.Series([", ".join(map(shown, row)) for row in rows], table.index, dtype=object)
-
-
-def by_repeat(cell: Cell, metric: str, repeats: pd.DataFrame) -> pd.Series:
-    """The finite results of the cell's done runs by seed and setting; the mean where one ran more than once."""
-    values = cell.done.reindex(columns=[metric])[metric].astype(float)
-    table = repeats.reindex(values.index).assign(value=values.where(np.isfinite(values)))
-    return table.dropna().groupby(["seed", "setting"])["value"].mean()
 
 
 def conditions(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
