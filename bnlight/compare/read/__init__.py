@@ -11,6 +11,7 @@ import pandas as pd
 
 from bnlight.compare.read.history import read_histories
 from bnlight.compare.read.jobs import read_job
+from bnlight.compare.read.offline import read_offline
 from bnlight.compare.read.places import find
 from bnlight.compare.read.run import STATES, Run, flatten
 from bnlight.compare.read.same import tell_apart
@@ -71,6 +72,7 @@ def _found(sources: Sequence[str | Path], notes: list[str]) -> Iterator[Run]:
         notes += places.notes
         for folder in places.jobs:
             yield read_job(folder, folder.absolute().parent.parts, str(source))
+        yield from read_offline(places.pieces, str(source), notes)
 
 
 def _row(run: Run, directories: Sequence[Path]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def find(source: Path) -> Places:
 
 def _walk(folder: Path, places: Places) -> bool:
     """Add what is in `folder`, which itself is neither; whether there was anything."""
-    jobs, others = [], []
+    jobs, others, pieces = [], [], len(places.pieces)
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -71,7 +71,6 @@ def _walk(folder: Path, places: Places) -> bool:
         else:
             others.append(path)
     places.jobs += jobs
-    pieces = len(places.pieces)
     empty = [path for path in others if not _walk(path, places)]
     if jobs:  # beside jobs, one is expected
         places.notes += [
