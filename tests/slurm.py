@@ -74,6 +74,24 @@ def slurm() -> Iterator[dict[str, str]]:
             _down()
 
 
+@pytest.fixture
+def cluster(slurm: dict[str, str], project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The cluster for one test; what a test that failed has left in its queue goes."""
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if left := queue(project):
+        subprocess.run(["scancel", "--full", *{number.split("_")[0] for number in left}], check=False)
+
+
+def queue(project: Path) -> dict[str, str]:
+    """The state of each job, and of each task of an array, that was submitted in the project."""
+    command = ["squeue", "--noheader", "--array", "--format=%i %T %Z"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    lines = [line.split(maxsplit=2) for line in said.splitlines()]
+    return {number: state for number, state, folder in lines if folder == str(project)}
+
+
 def _join(lock: TextIO) -> None:
     """Share the cluster that is up, or bring one up; the lock is shared by those who use it."""
     while True:

@@ -10,36 +10,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SMALL
 from four_jobs import MINE, OWN, RANKS, Command, check_four_jobs, inside, seen
-from slurm import slurm
+from slurm import cluster, slurm
 
 from bnlight.run.launch import submit
 from bnlight.run.ranks.started import Started
 from bnlight.run.status import read_status
 
-assert slurm  # a fixture
+assert slurm  # fixtures
+assert cluster
 assert inside
 BNLIGHT = [sys.executable, "-m", "bnlight"]
 LAUNCHER = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1"]
 
 
 @pytest.fixture(autouse=True)
-def cluster(slurm: dict[str, str], project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in slurm.items():
-        monkeypatch.setenv(name, value)
+def mine(cluster: None, project: Path) -> None:
     (project / "mine.py").write_text(MINE)
-    yield
-    jobs = subprocess.run(["squeue", "-h", "-o", "%A %Z"], capture_output=True, text=True, check=False).stdout
-    for line in jobs.splitlines():
-        number, folder = line.split(maxsplit=1)
-        if folder == str(project):  # of a test that failed
-            subprocess.run(["scancel", "--full", number], check=False)
 
 
 def run(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -170,7 +163,7 @@ def test_however_it_is_started_it_trains_rightly_or_says_what_is_wrong(
         if isinstance(wanted, str):
             assert code == 2, said
             assert len(re.findall(wanted, said)) == 1
-            assert time.monotonic() - begun < 60  # 30 s, on a machine that does nothing else
+            assert time.monotonic() - begun < 30
         else:
             assert code == 0, said
             assert [result["world_size"] for result in results].count(wanted) == 1

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from bnlight.run import sweep
 from bnlight.run.application import run_hydra
 from bnlight.run.job import FINISHED, check_command
+from bnlight.run.launch.submitted import has_begun, submitted
 from bnlight.run.status import read_status
 from bnlight.run.survive.lock import owner
 
@@ -77,6 +78,9 @@ def _outlook(directory: Path, rerun: str | None) -> tuple[str, str, str]:
     if state == "running":
         who = owner(directory)
         return state, "runs elsewhere", f"process {who.get('pid')} on {who.get('host')}"
+    number = submitted(directory)
+    if number and not has_begun(directory, number):
+        return "submitted", "is waited for", f"SLURM job {number}"
     if rerun == "all" and state != "new":
         return state, "starts again", "--force"
     if state in FINISHED:

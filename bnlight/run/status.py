@@ -77,7 +77,14 @@ def update_status(directory: Path, **fields: Any) -> dict[str, Any]:
 
 def this_process() -> dict[str, Any]:
     """Who is running the job: the fields of the status that name an owner."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": time.time()}
+    who = {"pid": os.getpid(), "host": socket.gethostname(), "heartbeat": time.time()}
+    return who | {"slurm_job": _slurm_job()}
+
+
+def _slurm_job() -> str | None:
+    """The number of the SLURM job, or of the array's task, that this process is in."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def _owner_lives(directory: Path, status: dict[str, Any]) -> bool:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from bnlight.run.duration import duration
+from bnlight.run.launch.submitted import has_begun, waiting
 from bnlight.run.prune import find_jobs
 from bnlight.run.status import read_json, read_status
 
 TOTAL = ".sweep.json"  # how many jobs the last command has; for display alone
-STATES = ("done", "running", "failed", "diverged", "preempted", "interrupted")
+STATES = ("done", "running", "submitted", "failed", "diverged", "preempted", "interrupted")
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 1.0, 60.0
 SHOWN = 12  # running jobs, and failures, in the view
 
@@ -41,6 +42,7 @@ class Job:
     seconds: float | None = None
     host: str | None = None
     error: str | None = None
+    slurm_job: str | None = None
 
     def where(self) -> str:
         """Such as `epoch 3/8, step 120, val/accuracy 0.913, 40 s left`."""
@@ -76,14 +78,12 @@ class Overview:
 
     def time_left(self) -> float | None:
         """Seconds to the end, if as many jobs run at a time as now, each for the mean of those that are over."""
-        running, took = (
-            self.of("running"),
-            [job.seconds for job in self.of("done", "diverged") if job.seconds],
-        )
-        if not running or (not took and (self.left or any(job.left is None for job in running))):
+        running, new = self.of("running"), self.left + len(self.of("submitted"))
+        took = [job.seconds for job in self.of("done", "diverged") if job.seconds]
+        if not running or (not took and (new or any(job.left is None for job in running))):
             return None
         mean = sum(took) / len(took) if took else 0.0
-        work = self.left * mean + sum(mean if job.left is None else job.left for job in running)
+        work = new * mean + sum(mean if job.left is None else job.left for job in running)
         return max(work / len(running), max(job.left or 0.0 for job in running))
 
     def summary(self) -> str:
@@ -96,11 +96,14 @@ class Overview:
         )
 
     def lines(self) -> list[str]:
-        """The summary, then the jobs that run, then those that did not come to their end."""
-        running, broken = self.of("running"), self.of("failed", "preempted", "interrupted")
+        """The summary, then the jobs that run, that wait, and that did not come to their end."""
+        running, waiting = self.of("running"), self.of("submitted")
+        broken = self.of("failed", "preempted", "interrupted")
         lines = [self.summary()]
         lines += [f"  {job.name}  {job.where()}" for job in running[:SHOWN]]
         lines += [f"  and {len(running) - SHOWN} more that run"] if len(running) > SHOWN else []
+        lines += [f"  {job.name}  submitted to SLURM as job {job.slurm_job}" for job in waiting[:SHOWN]]
+        lines += [f"  and {len(waiting) - SHOWN} more submitted"] if len(waiting) > SHOWN else []
         lines += [
             f"  {job.name}  {job.state}{f': {job.error}' if job.error else ''}" for job in broken[:SHOWN]
         ]
@@ -118,7 +121,12 @@ class Reader:
     def read(self) -> Overview:
         """The directory as it is now. Raises FileNotFoundError if there is none."""
         total = int(read_json(self.directory / TOTAL).get("total") or 0)
-        return Overview(self.directory, total, [self._job(path) for path in find_jobs(self.directory)])
+        found = {path: self._job(path) for path in find_jobs(self.directory)}
+        for sweep in {self.directory, *(path.parent for path in found)}:
+            for name, number in waiting(sweep).items():
+                if not has_begun(sweep / name, number):
+                    found[sweep / name] = Job(name, "submitted", slurm_job=number)
+        return Overview(self.directory, total, [found[path] for path in sorted(found)])
 
     def _job(self, directory: Path) -> Job:
         changed = (directory / "status.json").stat().st_mtime_ns
@@ -163,12 +171,12 @@ def watch(directory: Path) -> int:
             if counts != said or time.monotonic() - at > SECONDS_BETWEEN_LINES:
                 print(overview.summary(), flush=True)
                 said, at = counts, time.monotonic()
-            if not overview.of("running"):
+            if not overview.of("running", "submitted"):
                 return 0
             time.sleep(SECONDS_BETWEEN_LOOKS)
     overview = reader.read()
     with Live(view(overview), console=console, auto_refresh=False, transient=True) as live:
-        while overview.of("running"):
+        while overview.of("running", "submitted"):
             time.sleep(SECONDS_BETWEEN_LOOKS)
             overview = reader.read()
             live.update(view(overview), refresh=True)

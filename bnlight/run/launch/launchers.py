@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from bnlight.lightning.stop import Stopped
 from bnlight.run import identity, searchpath, sweep
 from bnlight.run.job import FINISHED, CommandError, FailFast, JobFailed
+from bnlight.run.launch.submitted import forget
 from bnlight.run.status import read_status, update_status
 from bnlight.run.survive.command import note, of_this_command
 
@@ -51,6 +52,7 @@ class Job:
     path: list[str] = field(default_factory=lambda: list(sys.path))  # the user's modules are found there too
     visible: str | None = field(default_factory=lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
     singletons: Any = field(default_factory=Singleton.get_state)
+    place: Path | None = None  # the directory, once somebody has asked for it
 
     def __call__(self) -> JobReturn:
         """Run the job in this process, which was started for it (or for several, one after the other)."""
@@ -64,7 +66,10 @@ class Job:
         if slurm:  # submitit passes SIGTERM over, though scancel and `scontrol requeue` send nothing else
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
-            return self.here()
+            returned = self.here()
+            if slurm:
+                forget(self.directory())
+            return returned
         except FailFast as failure:  # the launching process ends the sweep
             return not_done(self, str(failure))
         except Stopped as stop:
@@ -102,13 +107,15 @@ class Job:
 
     def directory(self) -> Path:
         """The job's directory, as Hydra will choose it."""
-        config, before = self.composed(), HydraConfig.instance().cfg
-        try:
-            HydraConfig.instance().set_config(config)
-            root = OmegaConf.select(config, "hydra.sweep.dir")
-            return Path(root, OmegaConf.select(config, "hydra.sweep.subdir")).absolute()
-        finally:
-            HydraConfig.instance().cfg = before
+        if self.place is None:
+            config, before = self.composed(), HydraConfig.instance().cfg
+            try:
+                HydraConfig.instance().set_config(config)
+                root = OmegaConf.select(config, "hydra.sweep.dir")
+                self.place = Path(root, OmegaConf.select(config, "hydra.sweep.subdir")).absolute()
+            finally:
+                HydraConfig.instance().cfg = before
+        return self.place
 
     def checkpoint(self) -> Any:
         """For submitit, when a job is to be submitted again: it goes on from its own directory."""

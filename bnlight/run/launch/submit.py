@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -20,6 +21,8 @@ from omegaconf import DictConfig
 from bnlight.run.job import CommandError
 from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_done
 from bnlight.run.launch.parallel import passing_on, threads_for
+from bnlight.run.launch.search import Turn
+from bnlight.run.launch.submitted import FOLDER, forget, submit, submitted
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
 from bnlight.run.status import read_status
 
@@ -149,15 +152,8 @@ class Slurm(_Submitit):
     cluster = "slurm"
 
     def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
-        with _outside():
-            submitted = self.executor().submit_array(jobs)  # whose `checkpoint` submitit calls
-        tasks = {task.job_id: task for task in submitted}
-        left = dict(zip(tasks, jobs, strict=True))
-        folder = next(iter(tasks.values())).paths.folder.parent
-        print(
-            f"{len(jobs)} jobs given to SLURM ({', '.join(_arrays(tasks))}); what they print is in {folder}",
-            flush=True,
-        )
+        tasks = self._given(jobs)
+        left = {name: job for name, (_, job) in tasks.items()}
         returns: dict[int, JobReturn] = {}
         gone: dict[str, float] = {}  # since when a job is not in the queue any more
         looked, states = float("-inf"), dict.fromkeys(tasks, "PENDING")
@@ -172,10 +168,10 @@ class Slurm(_Submitit):
                     else:
                         gone.pop(name, None)
                     late = time.monotonic() - gone.get(name, time.monotonic()) > SECONDS_FOR_FILES
-                    if tasks[name].paths.result_pickle.exists() or late:
-                        returns[job.number] = self.collect(
-                            job, tasks[name], f"SLURM job {name} ended: {state}"
-                        )
+                    task = tasks[name][0]
+                    if task.paths.result_pickle.exists() or late:
+                        returns[job.number] = self.collect(job, task, f"SLURM job {name} ended: {state}")
+                        forget(job.directory())
                         del left[name]
                         if self.stops_after(returns[job.number]):
                             _cancel(left)
@@ -187,6 +183,44 @@ class Slurm(_Submitit):
             _cancel(left)
             raise
         return returns
+
+    def _given(self, jobs: list[Job]) -> dict[str, tuple[Any, Job]]:
+        """The jobs by their numbers in SLURM, to which those that it does not have yet are given now."""
+        import submitit
+
+        folder, here = Path(str(self.config.hydra.sweep.dir)), self.options["submitit_folder"]
+        with Turn(folder / f"{FOLDER}.lock") as turn:  # else two commands would submit the same jobs
+            turn.take()
+            queued = self._queued(jobs)
+            tasks: dict[str, tuple[Any, Job]]
+            tasks = {name: (submitit.SlurmJob(here, name), job) for name, job in queued.items()}
+            waiting = {job.number for job in queued.values()}
+            if new := [job for job in jobs if job.number not in waiting]:
+                with _outside():
+                    given = self.executor().submit_array(new)  # whose `checkpoint` submitit calls
+                for task, job in zip(given, new, strict=True):
+                    tasks[task.job_id] = task, job
+                    submit(job.directory(), task.job_id)
+        if queued:
+            print(
+                f"{len(queued)} jobs are in SLURM's queue already ({', '.join(_arrays(queued))})", flush=True
+            )
+        if new:
+            numbers = ", ".join(_arrays(tasks.keys() - queued.keys()))
+            place = next(iter(tasks.values()))[0].paths.folder.parent
+            print(f"{len(new)} jobs given to SLURM ({numbers}); what they print is in {place}", flush=True)
+        return tasks
+
+    def _queued(self, jobs: list[Job]) -> dict[str, Job]:
+        """The jobs that an earlier command has submitted and that wait or run; `--force` takes back those that wait."""
+        known = {number: job for job in jobs if (number := submitted(job.directory()))}
+        states = queue(_arrays(known)) if known else {}
+        queued = {name: job for name, job in known.items() if states.get(name, UNKNOWN) not in ENDED}
+        if self.config.get("rerun") == "all":
+            waiting = {name: job for name, job in queued.items() if states[name] == "PENDING"}
+            _cancel(waiting)
+            queued = {name: job for name, job in queued.items() if name not in waiting}
+        return queued
 
 
 def queue(arrays: list[str]) -> dict[str, str]:
@@ -213,6 +247,8 @@ def queue(arrays: list[str]) -> dict[str, str]:
 def _cancel(jobs: dict[str, Job]) -> None:
     if jobs:
         subprocess.run(["scancel", *jobs], capture_output=True, timeout=60, check=False)
+        for job in jobs.values():
+            forget(job.directory())
 
 
 def _arrays(tasks: Any) -> list[str]:
