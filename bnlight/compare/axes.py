@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Axes:
     `contenders` are what is compared (the norm; weight and sync if they vary; every key where none of them
     does). `tuned` keys are settings each contender may choose for itself (learning rate, the norm's options).
     `conditions` are the circumstances (batch size, model, devices): contenders meet within one condition.
+    `averaged` keys vary too, but were left out of what was asked for: means go over them. `asked` is `by` and `tune`.
     `values` has one row per job with a readable config and one column per key.
     """
 
@@ -38,6 +40,8 @@ class Axes:
     values: pd.DataFrame
     labels: dict[str, str] = field(default_factory=dict)
     searched: bool = False
+    averaged: list[str] = field(default_factory=list)
+    asked: tuple[Sequence[str] | None, Sequence[str] | None] = (None, None)
 
     @property
     def keys(self) -> list[str]:
@@ -50,7 +54,7 @@ class Axes:
         """The name of a contender: `renorm`, `batch + sync=world`, or `lr=0.1, momentum=0.9`."""
         if "norm" not in self.contenders:
             return ", ".join(f"{self.label(key)}={shown(settings[key])}" for key in self.contenders)
-        extra = [(key, shown(settings[key])) for key in self.contenders if key != "norm"]
+        extra = [(self.label(key), shown(settings[key])) for key in self.contenders if key != "norm"]
         return " + ".join(
             [shown(settings["norm"]), *(f"{k}={v}" for k, v in extra if v not in ("none", "-"))]
         )
@@ -60,13 +64,23 @@ class Axes:
         return ", ".join(f"{self.label(key)} = {shown(settings[key])}" for key in self.conditions)
 
 
-def find_axes(runs: pd.DataFrame, configs: pd.DataFrame, searched: bool = False) -> Axes:
+def find_axes(
+    runs: pd.DataFrame,
+    configs: pd.DataFrame,
+    searched: bool = False,
+    by: Sequence[str] | None = None,
+    tune: Sequence[str] | None = None,
+) -> Axes:
+    """What varies between the jobs, and the part that each key plays. `by` and `tune` are full keys."""
+    return assign(varying_keys(runs, configs), configs, searched, by, tune)
+
+
+def varying_keys(runs: pd.DataFrame, configs: pd.DataFrame) -> list[str]:
     """Compare the resolved configs of all jobs, key by key.
 
     A key is shown if it varies and was typed in the sweep (it is among the overrides), or if the keys found
     before it do not determine it; so what follows from the choice of norm (`norm.r_max`) stays out. Keys that
-    follow the seed alone are repetitions, not settings. In a search (`searched`) nothing is a circumstance: each
-    contender has its best settings chosen for it.
+    follow the seed alone are repetitions, not settings.
     """
     runs = runs.loc[configs.index]
     typed = _typed(runs["overrides"])
@@ -83,15 +97,49 @@ def find_axes(runs: pd.DataFrame, configs: pd.DataFrame, searched: bool = False)
         if key in typed or (not follows_seed and _count(groups, codes) > len(set(groups))):
             keys.append(key)
             groups = _codes(pd.Series(list(zip(groups, codes, strict=True))))
-    values = configs[keys]
-    contenders = [key for key in _CONTENDERS if key in keys]
-    if contenders:
-        tuned = [key for key in keys if key not in contenders and (searched or key.split(".")[0] in _TUNED)]
+    return keys
+
+
+def assign(
+    keys: Sequence[str],
+    configs: pd.DataFrame,
+    searched: bool = False,
+    by: Sequence[str] | None = None,
+    tune: Sequence[str] | None = None,
+) -> Axes:
+    """Give each key its part.
+
+    `by` names the contenders and conditions: what varies beside them and is not tuned is averaged over. The norm,
+    weight and sync with their options are contenders, any other key is a condition; where `by` names no contender
+    they stay what is compared, and where they do not vary, all of `by` is. `tune` names the tuned keys instead of
+    the default: what `optimizer`, `scheduler` and `norm` hold, or, in a search (`searched`), every key that
+    is no contender. A key cannot be both (ValueError).
+    """
+    both = [key for key in by or () if key in (tune or ())]
+    if both:
+        raise ValueError(
+            f"{', '.join(both)}: asked for in `by` and in `tune`; a tuned setting is chosen, not grouped by"
+        )
+    every = [*keys, *(key for key in [*(by or ()), *(tune or ())] if key not in keys)]
+    natural = [key for key in _CONTENDERS if key in every]
+    if tune is not None:
+        tuned = [key for key in every if key in tune]
+    elif natural or by is not None:
+        free = [key for key in every if key not in natural and key not in (by or ())]
+        tuned = [key for key in free if searched or key.split(".")[0] in _TUNED]
     else:
-        contenders, tuned = keys or ["norm"], []
-        values = configs[contenders]
-    conditions = [key for key in keys if key not in contenders and key not in tuned]
-    return Axes(contenders, tuned, conditions, values, _labels([*conditions, *contenders, *tuned]), searched)
+        tuned = []
+    asked = list(by) if by is not None else [key for key in every if key not in tuned]
+    contenders = [key for key in asked if key.split(".")[0] in _CONTENDERS]
+    if by is not None and not contenders:
+        contenders = [key for key in natural if key not in tuned]
+    contenders = contenders or asked or ["norm"]
+    conditions = [key for key in asked if key not in contenders]
+    used = [*conditions, *contenders, *tuned]
+    averaged = [key for key in keys if key not in used]
+    values = configs.reindex(columns=used)
+    labels = _labels([*used, *averaged])
+    return Axes(contenders, tuned, conditions, values, labels, searched, averaged, (by, tune))
 
 
 def shown(value: Any) -> str:
@@ -118,8 +166,13 @@ def _typed(overrides: pd.Series) -> set[str]:
     return {key for key in keys if not key.endswith("_target_")}
 
 
+def describes(key: str) -> bool:
+    """Whether a config key says what a job computes, not where, by whom, how it is shown or with which seed."""
+    return not (key.replace("/", ".").split(".")[0] in _IGNORED or key in _DISPLAY or key.endswith("seed"))
+
+
 def _is_setting(key: str, values: pd.Series, jobs: pd.Series) -> bool:
-    if key.replace("/", ".").split(".")[0] in _IGNORED or key in _DISPLAY or key.endswith("seed"):
+    if not describes(key):
         return False
     if values.nunique(dropna=False) < 2:
         return False

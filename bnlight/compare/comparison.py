@@ -1,7 +1,10 @@
-"""One comparison: from a sweep's directory to what was found and where it is written."""
+"""One comparison: from the runs of one or several sources to what was found and where it is written."""
 
 from __future__ import annotations
 
+import os
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,24 +12,50 @@ import pandas as pd
 from rich.console import Console
 
 from bnlight.compare import page, table
-from bnlight.compare.axes import Axes, find_axes
+from bnlight.compare.against import Against, find_against
+from bnlight.compare.axes import Axes, find_axes, varying_keys
+from bnlight.compare.caveats import caveats
+from bnlight.compare.cells import make_cells
 from bnlight.compare.derive import Monitor, derive, monitor_of
+from bnlight.compare.evidence import Evidence, gather
+from bnlight.compare.evidence.repeats import repeats_of
 from bnlight.compare.read import Runs, read_runs
-from bnlight.compare.stats import Cell, make_cells, pick_metric
-from bnlight.compare.verdict import Finding, caveats, findings, headline
+from bnlight.compare.stats import Cell, pick_metric, validation_metric
+from bnlight.compare.verdict import Finding, findings, headline, terms
+from bnlight.compare.where import resolve, select
 from bnlight.run.status import write_atomic
+
+Source = str | Path
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the runs, as in `compare`; `by` and `tune` are None where bnlight decides."""
+
+    metric: str | None = None
+    by: Sequence[str] | None = None
+    tune: Sequence[str] | None = None
+    where: Sequence[str] = ()
+    target: float = 0.9
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a sweep shows. `print(comparison)` is the table in plain text; `comparison.print()` uses colours.
+    """What runs show. `print(comparison)` is the table in plain text; `comparison.print()` uses colours.
 
-    `runs`, `history` and `notes` are those of `read_runs`, with the derived columns. `cells` are the rows of
-    the table in its order, `metric` what they are ranked by, `monitor` what the jobs monitored, `verdict` the
-    sentence it opens with, `findings` one statement per condition (a batch size, say), `caveats` what limits them.
+    `runs`, `history`, `configs`, `notes` and `directories` are those of `read_runs`, of the runs that `question.where`
+    keeps, with the derived columns. `cells` are the rows of the table in its order, `metric` what they are ranked by,
+    `tuned_by` the validation metric that settings were chosen by (None: nothing is tuned), `terms` how that is
+    said, `monitor` what the jobs monitored, `verdict` the sentence it opens with, `findings` one statement per
+    condition (a batch size, say), `evidence` the tests behind them, `caveats` what limits them, `against` the same
+    contenders in another sweep. `output` is the folder of `results_csv` and `page`; `unwritten` says why they are not
+    there.
     """
 
-    directory: Path
+    sources: list[str]
+    directories: list[Path]
+    output: Path
+    question: Question
     runs: pd.DataFrame
     history: pd.DataFrame
     configs: pd.DataFrame
@@ -35,18 +64,44 @@ class Comparison:
     cells: list[Cell]
     metric: str
     monitor: Monitor
-    target: float
+    tuned_by: str | None
+    terms: str
     verdict: str
     findings: list[Finding]
+    evidence: Evidence
     caveats: list[str]
+    against: Against | None = None
+    unwritten: str | None = None
+
+    @property
+    def target(self) -> float:
+        return self.question.target
+
+    @property
+    def directory(self) -> Path:
+        """The first of the sources' directories; the output where there is none."""
+        return self.directories[0] if self.directories else self.output
 
     @property
     def results_csv(self) -> Path:
-        return self.directory / "results.csv"
+        return self.output / "results.csv"
 
     @property
     def page(self) -> Path:
-        return self.directory / "comparison.html"
+        return self.output / "comparison.html"
+
+    @property
+    def command(self) -> str:
+        """What makes this comparison again, in the shell."""
+        asked, words = self.question, ["bnlight", "compare", *self.sources]
+        words += ["--metric", asked.metric] if asked.metric else []
+        words += ["--by", ",".join(asked.by)] if asked.by is not None else []
+        words += ["--tune", ",".join(asked.tune) or "none"] if asked.tune is not None else []
+        words += ["--where", *asked.where] if asked.where else []
+        words += ["--target", f"{asked.target:g}"] if asked.target != Question.target else []
+        words += ["--against", self.against.name] if self.against else []
+        words += ["--output", str(self.output)] if self.output != default_output(self.directories) else []
+        return shlex.join(words)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -61,40 +116,158 @@ class Comparison:
         return table.plain(self)
 
 
-def compare(directory: str | Path, *, target: float = 0.9, metric: str | None = None) -> Comparison:
-    """Compare the jobs of the sweep in `directory`, and write `results.csv` and `comparison.html` into it.
+def compare(
+    *sources: Source,
+    metric: str | None = None,
+    by: Sequence[str] | None = None,
+    tune: Sequence[str] | None = None,
+    where: str | Sequence[str] = (),
+    target: float = 0.9,
+    against: Source | None = None,
+    output: Source | None = None,
+) -> Comparison:
+    """Compare the runs of `sources` (see `read_runs`), and write `results.csv` and `comparison.html`.
 
-    `target` is the validation accuracy that "steps to 90 %" asks for. `metric` is the column the table is
-    ranked by: by default what the jobs monitor (`monitor.metric`) on the test data, `test/accuracy` unless they say
-    otherwise, or the nearest thing the runs have. Runs that differ in their seeds
-    only are averaged; runs that are not done are counted and listed, and are in no mean.
+    Runs that differ in their seeds only are averaged; runs that are not done are counted and listed, and are in
+    no mean. Names of settings may be short: `lr` is `optimizer.lr`.
 
-    Raises FileNotFoundError if the directory does not exist; ValueError if it holds no job, or if no run has
-    the metric asked for.
+    - `metric`: the column that ranks the table: by default what the jobs monitor (`monitor.metric`) on the test data,
+      `test/accuracy` unless they say otherwise, or the nearest thing the runs have;
+    - `by`: the settings to group by: contenders (norm, weight, sync) and conditions (any other, such as
+      `data.batch_size`), in this order. What varies beside them is tuned or averaged over within each seed;
+    - `tune`: the settings that each contender has chosen for it, under each condition, by its validation results on
+      common seeds, never by a test; `[]` compares all at shared settings. By default those of `optimizer`,
+      `scheduler` and `norm`;
+    - `where`: filters such as `norm=batch,renorm`, `seed!=3` or `data.batch_size<=16`, all of which runs must satisfy;
+    - `target`: the validation accuracy that "steps to 90 %" asks for;
+    - `against`: another source, whose contenders are compared with these over common seeds;
+    - `output`: where to write. By default into the directory compared; of several, into `comparison` in their common
+      parent. Where that cannot be written, nothing is, and `unwritten` says why.
+
+    Raises FileNotFoundError if a source does not exist; ValueError if one holds no run, if no run has the metric
+    asked for, if there is no such setting, or if a filter is none or leaves nothing; OSError if an `output` that was
+    asked for cannot be written.
     """
-    read = read_runs(directory)
+    filters = (where,) if isinstance(where, str) else tuple(where)
+    question = Question(metric, by, tune, filters, target)
+    read = read_runs(*sources)
+    folder = Path(output) if output is not None else default_output(read.directories)
+    comparison = analyse(read, [str(source) for source in sources], question, folder)
+    if against is not None:
+        same = replace(question, metric=comparison.metric)
+        other = analyse(read_runs(against), [str(against)], same, folder)
+        comparison = replace(comparison, against=find_against(comparison, other))
+    try:
+        write_atomic(comparison.results_csv, results_table(comparison).to_csv(index=False))
+        write_atomic(comparison.page, page.render(comparison))
+    except OSError as error:
+        if output is not None:
+            raise
+        comparison = replace(comparison, unwritten=f"{error.strerror or error}: {folder}")
+    return comparison
+
+
+def default_output(directories: Sequence[Path]) -> Path:
+    """Where a comparison of these sources is written unless it is told: see `compare`."""
+    folders = [path if path.is_dir() else path.parent for path in directories]
+    if len(folders) == 1:
+        return folders[0]
+    shared = os.path.commonpath([folder.absolute() for folder in folders]) if folders else "."
+    return Path(os.path.relpath(shared)) / "comparison"
+
+
+def analyse(read: Runs, sources: list[str], question: Question, output: Path) -> Comparison:
+    """The comparison of what was read; nothing is written."""
+    shown = ", ".join(sources)
     if read.configs.empty:
         raise ValueError(
-            f"no job in {directory} has a readable config.yaml: {'; '.join(read.notes) or 'nothing to compare'}"
+            f"no job in {shown} has a readable config.yaml: {'; '.join(read.notes) or 'nothing to compare'}"
         )
+    read, left_out = _filtered(read, question.where)
     monitor = monitor_of(read.configs)
-    runs = derive(read.runs, read.history, target, monitor)
-    if metric is not None and metric not in runs:
-        names = sorted(str(name) for name in runs if "/" in str(name))
+    runs = derive(read.runs, read.history, question.target, monitor)
+    if question.metric is not None and question.metric not in runs:
+        names = ", ".join(sorted(str(name) for name in runs if "/" in str(name))) or "none"
+        raise ValueError(f"no run in {shown} has the metric {question.metric!r}; there are: {names}")
+    metric = question.metric or pick_metric(runs, monitor)
+    validation = validation_metric(metric, runs, monitor)
+    axes, untuned = _axes(read, question, validation, bool((runs["state"] == "done").any()))
+    repeats = repeats_of(read.configs, axes)
+    cells = make_cells(runs, axes, metric, monitor, repeats)
+    evidence = gather(cells, runs, read.history, axes, metric, monitor, read.configs)
+    found = findings(cells, metric, monitor, evidence.pairs)
+    how = terms(cells, axes)
+    tuned_by = validation if axes.tuned else None
+    limits = caveats(runs, cells, axes, read.configs, tuned_by, repeats)
+    return Comparison(
+        sources=sources,
+        directories=read.directories,
+        output=output,
+        question=question,
+        runs=runs,
+        history=read.history,
+        configs=read.configs,
+        notes=read.notes,
+        axes=axes,
+        cells=cells,
+        metric=metric,
+        monitor=monitor,
+        tuned_by=tuned_by,
+        terms=how,
+        verdict=f"{headline(found, axes, metric, monitor)} {how}".strip(),
+        findings=found,
+        evidence=evidence,
+        caveats=[*left_out, *untuned, *limits, *evidence.notes],
+    )
+
+
+def _filtered(read: Runs, where: Sequence[str]) -> tuple[Runs, list[str]]:
+    """The runs that the filters keep, and a sentence on those that they do not."""
+    if not where:
+        return read, []
+    kept = select(read.runs, read.configs, where, varying_keys(read.runs, read.configs))
+    lost = read.runs.loc[~kept, "state"].value_counts()
+    states = table.describe_states({str(state): int(count) for state, count in lost.items()}) or "none"
+    runs = read.runs[kept]
+    configs = read.configs[read.configs.index.isin(runs.index)]
+    if configs.empty:
+        raise ValueError(f"no run with a readable config.yaml is left with {' '.join(where)}")
+    history = read.history[read.history["directory"].isin(runs.index)]
+    said = f"Only runs with {' and '.join(where)}: {len(runs)} of {len(kept)} (left out: {states})."
+    return replace(read, runs=runs, configs=configs, history=history), [said]
+
+
+def _axes(read: Runs, question: Question, validation: str | None, finished: bool) -> tuple[Axes, list[str]]:
+    """The parts of the settings. Without a validation result nothing can be tuned: a test must not choose."""
+    names, varying = [str(key) for key in read.configs], varying_keys(read.runs, read.configs)
+
+    def full(asked: Sequence[str] | None) -> list[str] | None:
+        if asked is None:
+            return None
+        listed = [asked] if isinstance(asked, str) else asked
+        return list(dict.fromkeys(resolve(name, names, varying) for name in listed))
+
+    searched = any((folder / "optimization_results.yaml").exists() for folder in read.directories)  # Optuna's
+    by, tune = full(question.by), full(question.tune)
+    axes = find_axes(read.runs, read.configs, searched, by, tune)
+    if validation or not axes.tuned or not finished:
+        return axes, []
+    keys = ", ".join(axes.tuned)
+    if tune:
         raise ValueError(
-            f"no run in {directory} has the metric {metric!r}; there are: {', '.join(names) or 'none'}"
+            f"nothing to tune {keys} by: no run has a validation result (val/accuracy, val/loss, or what "
+            "monitor.metric names), and a test result must not choose. Compare at shared settings: tune=[], on the "
+            "command line --tune none"
         )
-    comparison = _compare(replace(read, runs=runs), metric or pick_metric(runs, monitor), target, monitor)
-    write_atomic(comparison.results_csv, results_table(comparison).to_csv(index=False))
-    write_atomic(comparison.page, page.render(comparison))
-    return comparison
+    untuned = f"No run has a validation result to choose {keys} by, so none is tuned: a test result must not choose."
+    return find_axes(read.runs, read.configs, searched, by, []), [untuned]
 
 
 def results_table(comparison: Comparison) -> pd.DataFrame:
     """The rows of `results.csv`: every job, with the settings that vary where no other column has them."""
     runs = comparison.runs.copy()
     runs["target"] = comparison.target
-    for key in reversed(comparison.axes.keys):
+    for key in reversed([*comparison.axes.keys, *comparison.axes.averaged]):
         if key not in runs and key not in ("data.batch_size", "optimizer.lr"):
             runs.insert(2, key, comparison.configs[key].reindex(runs.index))
     order = {"test": 0, "best_val": 1, "val": 2}
@@ -107,33 +280,13 @@ def results_table(comparison: Comparison) -> pd.DataFrame:
         "directory",
         "log",
         "wandb",
+        "url",
         "identity",
         "overrides",
         "git",
         "versions",
-        "hardware",
     ]
-    first = [str(name) for name in runs if name not in metrics and name not in last]
-    return runs[[*first, *metrics, *last]]
-
-
-def _compare(read: Runs, metric: str, target: float, monitor: Monitor) -> Comparison:
-    searched = (read.directory / "optimization_results.yaml").exists()  # Hydra's Optuna sweeper writes it
-    axes = find_axes(read.runs, read.configs, searched)
-    cells = make_cells(read.runs, axes, metric, monitor)
-    found = findings(cells, metric, monitor)
-    return Comparison(
-        directory=read.directory,
-        runs=read.runs,
-        history=read.history,
-        configs=read.configs,
-        notes=read.notes,
-        axes=axes,
-        cells=cells,
-        metric=metric,
-        monitor=monitor,
-        target=target,
-        verdict=headline(found, axes, metric, monitor),
-        findings=found,
-        caveats=caveats(read.runs, cells, axes, metric, read.configs, monitor),
-    )
+    last += ["hardware"]
+    absolute = ["path", "source"]  # they would not survive a move of the folder
+    first = [str(name) for name in runs if name not in (*metrics, *last, *absolute)]
+    return runs[[*first, *metrics, *(name for name in last if name in runs)]]

@@ -1,19 +1,23 @@
-"""Mean, spread and confidence interval over seeds, for every cell of a sweep."""
+"""Mean, spread and confidence intervals over seeds, and the cell of a sweep that holds them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bnlight.compare.axes import Axes, sortable
 from bnlight.compare.derive import Monitor, quantity
 
+NO_MONITOR = Monitor()
 _PREFERRED = ("test/accuracy", "best_val/accuracy", "test/loss", "best_val/loss")
+_TEST = re.compile(r"(best_)?test([/_.]|$)")
+RESAMPLES = 2000
+SEED = 0
 
 
 @dataclass(frozen=True)
@@ -21,13 +25,18 @@ class Estimate:
     """Mean and standard deviation (n - 1) of n values, and the half-width of the 95 % interval of the mean.
 
     `half_width` is `t(0.975, n - 1) * std / sqrt(n)` (Student), None below two values: one seed says nothing
-    about the spread.
+    about the spread. `worst` is the lowest value, or the highest where lower is better. `boot` is the 95 %
+    percentile interval of the mean over 2000 bootstrap resamples (`scipy.stats.bootstrap`, seeded), None where
+    it was not asked for or n < 2; with few seeds it is narrower than the t interval, which assumes normality.
     """
 
     n: int
     mean: float
     std: float
     half_width: float | None
+    median: float = math.nan
+    worst: float = math.nan
+    boot: tuple[float, float] | None = None
 
     @property
     def low(self) -> float:
@@ -44,18 +53,62 @@ class Estimate:
         return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 
-def estimate(values: Iterable[float]) -> Estimate:
-    """The estimate over the finite ones among `values`."""
-    finite = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
+def estimate(values: Iterable[float], lower: bool = False) -> Estimate:
+    """The estimate over the finite ones among `values`, without a bootstrap; `lower`: less is better."""
+    finite = _finite(values)
     n = len(finite)
     if n == 0:
         return Estimate(0, math.nan, math.nan, None)
+    median, worst = float(np.median(finite)), float(finite.max() if lower else finite.min())
     if n == 1:
-        return Estimate(1, float(finite[0]), math.nan, None)
+        return Estimate(1, float(finite[0]), math.nan, None, median, worst)
     from scipy.special import stdtrit
 
     std = float(finite.std(ddof=1))
-    return Estimate(n, float(finite.mean()), std, float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n))
+    half_width = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
+    return Estimate(n, float(finite.mean()), std, half_width, median, worst)
+
+
+def estimates(samples: Sequence[Iterable[float]], lower: bool = False) -> list[Estimate]:
+    """The estimate of each sample with its bootstrap: samples of the same size are resampled together.
+
+    Each sample size starts from the same seed, so an interval does not depend on what else is estimated.
+    """
+    finite = [_finite(values) for values in samples]
+    result = [estimate(values, lower) for values in finite]
+    by_size: dict[int, list[int]] = {}
+    for index, values in enumerate(finite):
+        by_size.setdefault(len(values), []).append(index)
+    for size, members in by_size.items():
+        if size < 2:
+            continue
+        for low in range(0, len(members), 100):  # bounds the memory: 100 x 2000 x size numbers
+            part = members[low : low + 100]
+            lows, highs = _bootstrap(np.stack([finite[index] for index in part]))
+            for index, bounds in zip(part, zip(lows, highs, strict=True), strict=True):
+                result[index] = replace(result[index], boot=(float(bounds[0]), float(bounds[1])))
+    return result
+
+
+def _bootstrap(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (rows,),
+        np.mean,
+        axis=-1,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        random_state=np.random.default_rng(SEED),
+    ).confidence_interval
+    return np.asarray(interval.low), np.asarray(interval.high)
+
+
+def _finite(values: Iterable[float]) -> np.ndarray:
+    array = np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=float)
+    finite: np.ndarray = array[np.isfinite(array)]
+    return finite
 
 
 def number(value: float) -> str:
@@ -72,7 +125,7 @@ def _decimals(value: float) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs that differ in nothing but the seed.
+    """The runs that differ in nothing but the seed (and in what was averaged over, if `by` left it out).
 
     `states` counts the runs that are not done. `metric` and the other estimates are over the done runs.
     `steps` is the median over them of the steps to the target, a run that never got there counting as later
@@ -97,8 +150,10 @@ class Cell:
     def done(self) -> pd.DataFrame:
         return self.runs[self.runs["state"] == "done"]
 
-
-NO_MONITOR = Monitor()
+    @property
+    def seeds(self) -> list[float]:
+        """The seeds of the done runs, in order."""
+        return sorted(self.done["seed"].dropna().unique())
 
 
 def pick_metric(runs: pd.DataFrame, monitor: Monitor = NO_MONITOR) -> str:
@@ -120,87 +175,5 @@ def validation_metric(metric: str, runs: pd.DataFrame, monitor: Monitor = NO_MON
         same = quantity(metric) == quantity(monitor.metric)
         sides.insert(0 if same else 1, f"best_{monitor.metric}")
     names = (*sides, "best_val/accuracy", "best_val/loss")
-    return next((name for name in names if name in runs and runs[name].notna().any()), None)
-
-
-def make_cells(runs: pd.DataFrame, axes: Axes, metric: str, monitor: Monitor = NO_MONITOR) -> list[Cell]:
-    """One cell per combination of settings, in the order of the table.
-
-    Conditions come in their natural order, and within one the best mean of `metric` first. Of a contender's
-    tuned settings, the one with the fewest diverged runs and then the best mean validation result is chosen.
-    """
-    validation = validation_metric(metric, runs, monitor)
-    known = runs[runs.index.isin(axes.values.index)]
-    settings = axes.values.loc[known.index].map(_plain)
-    # Missing settings group like any other value, and 32 like 32.0.
-    keys = [tuple(sortable(value) for value in row) for row in settings.itertuples(index=False)]
-    members: dict[tuple[Any, ...], list[int]] = {}
-    for position, key in enumerate(keys):
-        members.setdefault(key, []).append(position)
-    cells = []
-    for positions in members.values():
-        chosen = {str(key): settings[key].iloc[positions[0]] for key in settings}
-        cells.append(_cell(known.iloc[positions], chosen, axes, metric, validation))
-    best = {_best(group, metric, validation, monitor) for group in _contests(cells)}
-    cells = [Cell(**{**vars(cell), "chosen": index in best}) for index, cell in enumerate(cells)]
-    return sorted(cells, key=lambda cell: _order(cell, axes, metric, monitor))
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _cell(
-    runs: pd.DataFrame, settings: dict[str, Any], axes: Axes, metric: str, validation: str | None
-) -> Cell:
-    done = runs[runs["state"] == "done"]
-
-    def over_seeds(name: str | None) -> Estimate:
-        return estimate(done.get(name, []))
-
-    steps = done["steps_to_target"]
-    median = float(steps.fillna(math.inf).median()) if len(steps) else math.inf
-    return Cell(
-        settings=settings,
-        contender=axes.contender(settings),
-        condition=axes.condition(settings),
-        runs=runs,
-        states={
-            str(s): int(n) for s, n in runs["state"].value_counts().items() if s not in ("done", "duplicate")
-        },
-        metric=over_seeds(metric),
-        validation=over_seeds(validation),
-        best_loss=over_seeds("best_val/loss"),
-        steps=median if math.isfinite(median) else None,
-        reached=int(steps.notna().sum()),
-        seconds=over_seeds("seconds_per_step"),
-    )
-
-
-def _contests(cells: list[Cell]) -> list[list[tuple[int, Cell]]]:
-    """The cells of one contender under one condition: they differ in tuned settings only."""
-    groups: dict[tuple[str, str], list[tuple[int, Cell]]] = {}
-    for index, cell in enumerate(cells):
-        groups.setdefault((cell.condition, cell.contender), []).append((index, cell))
-    return list(groups.values())
-
-
-def _best(group: list[tuple[int, Cell]], metric: str, validation: str | None, monitor: Monitor) -> int:
-    def rank(item: tuple[int, Cell]) -> tuple[int, float]:
-        cell = item[1]
-        value, name = (cell.validation, validation) if validation else (cell.metric, metric)
-        return cell.states.get("diverged", 0), _signed(value, monitor.lower(name))
-
-    return min(group, key=rank)[0]
-
-
-def _signed(value: Estimate, lower: bool) -> float:
-    """Smaller is better; a cell without a value comes last."""
-    if value.n == 0:
-        return math.inf
-    return value.mean if lower else -value.mean
-
-
-def _order(cell: Cell, axes: Axes, metric: str, monitor: Monitor) -> tuple[Any, ...]:
-    condition = [sortable(cell.settings[key]) for key in axes.conditions]
-    return condition, _signed(cell.metric, monitor.lower(metric)), cell.contender, cell.seconds.mean
+    fit = (name for name in names if name in runs and not _TEST.match(name))
+    return next((name for name in fit if runs[name].notna().any()), None)

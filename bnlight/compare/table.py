@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from bnlight.compare.stats import Cell, number
 from bnlight.compare.verdict import is_tuned, metric_words, milliseconds
 
 if TYPE_CHECKING:
+    from bnlight.compare.against import Against
     from bnlight.compare.comparison import Comparison
 
 _LISTED = 10  # failed jobs and notes printed in full; the rest are in results.csv
@@ -35,8 +37,11 @@ class Column:
     numeric: bool = True
 
 
-def columns(comparison: Comparison) -> list[Column]:
-    """The columns: what varies, n, the metric with its interval, and what else the runs have."""
+def columns(comparison: Comparison, spread: bool = False) -> list[Column]:
+    """The columns: what varies, n, the metric with its interval, and what else the runs have.
+
+    With `spread`, the metric's standard deviation, bootstrap interval, median and worst value as well.
+    """
     cells, axes = comparison.cells, comparison.axes
     result = [
         Column(axes.label(key), [shown(cell.settings[key]) for cell in cells], numeric=False)
@@ -49,6 +54,13 @@ def columns(comparison: Comparison) -> list[Column]:
     starred = is_tuned(cells)
     values = [f"{cell.metric}{(' *' if cell.chosen else '  ') if starred else ''}" for cell in cells]
     result.append(Column(f"{metric_words(comparison.metric)}\nmean ± 95 % CI", values))
+    if spread:
+        metric = [cell.metric for cell in cells]
+        boots = [f"{number(m.boot[0])} to {number(m.boot[1])}" if m.boot else "-" for m in metric]
+        result.append(Column("std", [number(m.std) for m in metric]))
+        result.append(Column("95 % bootstrap", boots))
+        result.append(Column("median", [number(m.median) for m in metric]))
+        result.append(Column("worst", [number(m.worst) for m in metric]))
     if any(cell.best_loss.n for cell in cells) and comparison.metric != "best_val/loss":
         result.append(Column("best validation\nloss", [number(cell.best_loss.mean) for cell in cells]))
     if "val/accuracy" in comparison.history:
@@ -72,6 +84,9 @@ def numbers(cell: Cell, metric: str) -> dict[str, Any]:
     estimates = {metric: cell.metric, "best_val/loss": cell.best_loss, "seconds_per_step": cell.seconds}
     for name, value in estimates.items():
         row |= {f"{name} mean": value.mean, f"{name} std": value.std, f"{name} ci95": value.half_width}
+        low, high = value.boot or (math.nan, math.nan)
+        row |= {f"{name} boot low": low, f"{name} boot high": high}
+        row |= {f"{name} median": value.median, f"{name} worst": value.worst}
     return row | {"steps_to_target": cell.steps, "reached": cell.reached, "chosen": cell.chosen}
 
 
@@ -137,12 +152,18 @@ def render(comparison: Comparison, console: Console) -> None:
         say(finding.text, first="  - ", then="    ")
     for caveat in comparison.caveats:
         say(caveat, style="dim")
+    if comparison.against:
+        console.print()
+        say(comparison.against.verdict, style="bold")
+        for text in against_lines(comparison.against):
+            say(text, first="  - ", then="    ")
     _trouble(comparison, console)
     _paths(comparison, console)
 
 
 def _grid(comparison: Comparison) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    grid.title, grid.title_justify, grid.title_style = comparison.terms or None, "left", "italic"
     described = columns(comparison)
     for column in described:
         longest = max(len(word) for value in column.values for word in value.split(", "))
@@ -172,10 +193,21 @@ def leads(comparison: Comparison, cell: Cell) -> bool:
     return cell.chosen and any(finding.best == cell.contender for finding in found)
 
 
+def against_lines(against: Against) -> list[str]:
+    """What stands below the verdict on another sweep: each difference, what only one has, and what else differs."""
+    lines = [one.text for one in against.differences]
+    lines += [f"only here: {', '.join(against.only_here)}"] if against.only_here else []
+    lines += [f"only in {against.name}: {', '.join(against.only_there)}"] if against.only_there else []
+    lines += [f"the sweeps differ in {'; '.join(_first(against.settings))}"] if against.settings else []
+    return lines
+
+
 def sweep_name(comparison: Comparison) -> str:
-    """The sweep's name, or the directory's where the jobs do not agree on one."""
-    names = comparison.runs["sweep"].dropna().unique()
-    return str(names[0]) if len(names) == 1 else comparison.directory.resolve().name
+    """The sweep's name; of several, all of them; the directory's where the jobs do not know one."""
+    names = [str(name) for name in comparison.runs["sweep"].dropna().unique()]
+    if not names or len(names) > 4:
+        return comparison.directory.resolve().name
+    return ", ".join(names)
 
 
 def broken(runs: pd.DataFrame) -> pd.DataFrame:
@@ -204,7 +236,9 @@ def _trouble(comparison: Comparison, console: Console) -> None:
 
 def _paths(comparison: Comparison, console: Console) -> None:
     console.print()
-    for path in (comparison.results_csv, comparison.page):
+    if comparison.unwritten:
+        _line(console, Text(f"Nothing was written ({comparison.unwritten}): --output DIR writes elsewhere"))
+    for path in () if comparison.unwritten else (comparison.results_csv, comparison.page):
         _line(console, Text(str(path)))
     offline = " ".join(comparison.runs["wandb"]).split()
     if 0 < len(offline) <= 3:

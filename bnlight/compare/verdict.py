@@ -1,4 +1,4 @@
-"""Say in plain words what the evidence supports, and what it does not."""
+"""Say in plain words what the evidence supports."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-
-from bnlight.compare.axes import Axes, shown, sortable
+from bnlight.compare.axes import Axes
 from bnlight.compare.derive import Monitor
-from bnlight.compare.stats import NO_MONITOR, Cell, validation_metric
-
-INTERVALS = (
-    "Intervals are 95 % Student-t intervals of the mean over seeds: they cover the randomness of the seed, "
-    "not the choice of data or of hyperparameters."
-)
+from bnlight.compare.evidence.pairs import Pair, p_words
+from bnlight.compare.stats import NO_MONITOR, Cell, number
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one condition shows: the best contender, if any, and whether it stands alone."""
+    """What one condition shows: the best contender, if any, and whether the tests tell it from all its `rivals`."""
 
     condition: str
     best: str | None
     clear: bool
     text: str
+    rivals: int = 0
 
 
 def metric_words(metric: str) -> str:
@@ -36,13 +31,35 @@ def metric_words(metric: str) -> str:
 _SPACES = str.maketrans("/_", "  ")
 
 
-def findings(cells: Sequence[Cell], metric: str, monitor: Monitor = NO_MONITOR) -> list[Finding]:
+def is_tuned(cells: Sequence[Cell]) -> bool:
+    """Whether some contender had several settings to choose from."""
+    return any(not cell.chosen for cell in cells)
+
+
+def terms(cells: Sequence[Cell], axes: Axes) -> str:
+    """On which terms the contenders meet: `Each at its own best lr.` or `All at shared settings.`
+
+    Empty where nothing is compared.
+    """
+    if not any(cell.metric.n for cell in cells):
+        return ""
+    if is_tuned(cells):
+        return f"Each at its own best {' and '.join(axes.label(key) for key in axes.tuned)}."
+    return "All at shared settings." if len({cell.contender for cell in cells}) > 1 else ""
+
+
+def findings(
+    cells: Sequence[Cell], metric: str, monitor: Monitor = NO_MONITOR, pairs: Sequence[Pair] = ()
+) -> list[Finding]:
     """One finding per condition, in the order of the table."""
-    conditions = dict.fromkeys(cell.condition for cell in cells)
+    chosen: dict[str, list[Cell]] = {cell.condition: [] for cell in cells}
+    for cell in cells:
+        chosen[cell.condition] += [cell] if cell.chosen else []
+    tested: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        tested.setdefault(pair.condition, []).append(pair)
     lower = monitor.lower(metric)
-    return [
-        _finding(c, [x for x in cells if x.condition == c and x.chosen], metric, lower) for c in conditions
-    ]
+    return [_finding(name, group, tested.get(name, []), metric, lower) for name, group in chosen.items()]
 
 
 def headline(found: Sequence[Finding], axes: Axes, metric: str, monitor: Monitor = NO_MONITOR) -> str:
@@ -50,128 +67,89 @@ def headline(found: Sequence[Finding], axes: Axes, metric: str, monitor: Monitor
     decided = [finding for finding in found if finding.best]
     if not decided:
         return found[0].text if len(found) == 1 else f"No run has finished with a {metric_words(metric)} yet."
+    missing = len(found) - len(decided)
+    rest = f" {missing} {'others have' if missing > 1 else 'other has'} no result yet." if missing else ""
     if len(decided) == 1:
-        return decided[0].text
+        return decided[0].text + rest
     named = " and ".join(axes.label(key) for key in axes.conditions)
+    every = f"at {'both' if len(decided) == 2 else f'all {len(decided)}'} settings of {named}"
     wins: dict[str, list[Finding]] = {}
     for finding in decided:
         wins.setdefault(str(finding.best), []).append(finding)
+    if not any(finding.rivals for finding in decided):
+        return f"{' and '.join(wins)} stands alone {every}: there is nothing to compare it with.{rest}"
     has = f"the {_superlative(monitor.lower(metric))} mean {metric_words(metric)}"
     if len(wins) == 1:
-        text = f"{decided[0].best} has {has} at all {len(decided)} settings of {named}"
+        text = f"{decided[0].best} has {has} {every}"
     else:
-        first, *rest = sorted(wins, key=lambda name: -len(wins[name]))
-        others = ", ".join(f"{name} {_places(wins[name])}" for name in rest)
-        text = f"No single winner over {named}: {first} has {has} {_places(wins[first])}, {others}"
+        first, *others = sorted(wins, key=lambda name: -len(wins[name]))
+        places = ", ".join(f"{name} {_places(wins[name])}" for name in others)
+        text = f"No single winner over {named}: {first} has {has} {_places(wins[first])}, {places}"
     clear = sum(finding.clear for finding in decided)
-    where = f"at {clear} of the {len(decided)} settings" if clear < len(decided) else "everywhere"
     if clear == 0:
-        return f"{text}; nowhere do the 95 % intervals separate the best from the rest."
-    return f"{text}; the 95 % intervals separate the best from the rest {where}."
+        return f"{text}; nowhere can these seeds tell the best from all others.{rest}"
+    where = f"at {clear} of the {len(decided)} settings" if clear < len(decided) else "everywhere"
+    return f"{text}; these seeds tell the best from all others {where}.{rest}"
 
 
-def caveats(
-    runs: pd.DataFrame,
-    cells: Sequence[Cell],
-    axes: Axes,
-    metric: str,
-    configs: pd.DataFrame,
-    monitor: Monitor = NO_MONITOR,
-) -> list[str]:
-    """What a careful reader would ask about, where it applies to these runs."""
-    notes = [INTERVALS] if any(cell.metric.half_width is not None for cell in cells) else []
-    lost = {state: int((runs["state"] == state).sum()) for state in ("failed", "diverged")}
-    if any(lost.values()):
-        counts = " and ".join(f"{count} {state}" for state, count in lost.items() if count)
-        notes.append(
-            f"{counts} of {len(runs)} runs are in no mean. Means over the survivors flatter a norm that "
-            "sometimes breaks, so read them together with the runs that are not done."
-        )
-    if is_tuned(cells):
-        by = validation_metric(metric, runs, monitor)
-        names = ", ".join(axes.label(key) for key in axes.tuned)
-        how = metric_words(by) if by else f"{metric_words(metric)} itself, which is optimistic"
-        notes.append(f"Each contender is judged at its own best {names} (marked *), chosen by {how}.")
-        notes.extend([] if axes.searched else _edges(cells, axes))  # of values drawn, one is always outermost
-    if "norm" in axes.contenders and "optimizer.lr" in configs and configs["optimizer.lr"].nunique() == 1:
-        rate = shown(configs["optimizer.lr"].dropna().iloc[0])
-        notes.append(
-            f"All norms share one learning rate ({rate}), and another norm may win at its own. Sweep "
-            "optimizer.lr as well, and each norm is judged at its best."
-        )
-    return notes + _unequal(runs, cells)
-
-
-def is_tuned(cells: Sequence[Cell]) -> bool:
-    """Whether some contender had several settings to choose from."""
-    return any(not cell.chosen for cell in cells)
-
-
-def _edges(cells: Sequence[Cell], axes: Axes) -> list[str]:
-    """A best value at the edge of what was tried may lie beyond it."""
-    notes = []
-    for key in axes.tuned:
-        at_edge: list[str] = []
-        for cell in cells:
-            tried = (
-                {sortable(x.settings[key]) for x in cells if x.contender == cell.contender}
-                if cell.chosen
-                else ()
-            )
-            numeric = sorted(value for value in tried if value[0] == 0)
-            if len(numeric) > 1 and sortable(cell.settings[key]) in (numeric[0], numeric[-1]):
-                at_edge.append(cell.contender)
-        if at_edge:
-            names = ", ".join(dict.fromkeys(at_edge))
-            notes.append(
-                f"The best {axes.label(key)} lies at the edge of those tried for {names}: try beyond it."
-            )
-    return notes
-
-
-def _unequal(runs: pd.DataFrame, cells: Sequence[Cell]) -> list[str]:
-    notes = []
-    seeds = {frozenset(cell.done["seed"].dropna()) for cell in cells if cell.chosen and len(cell.done)}
-    if len(seeds) > 1:
-        notes.append("Not every contender has finished on the same seeds.")
-    kinds = runs[runs["state"] == "done"][["hardware", "versions"]].nunique()
-    if kinds["hardware"] > 1:
-        notes.append(f"The runs come from {kinds['hardware']} kinds of hardware: times do not compare.")
-    if kinds["versions"] > 1:
-        notes.append(f"The runs come from {kinds['versions']} sets of software versions.")
-    return notes
-
-
-def _finding(condition: str, cells: Sequence[Cell], metric: str, lower: bool) -> Finding:
-    where = f"At {condition}: " if condition else ""
-    words = metric_words(metric)
+def _finding(
+    condition: str, cells: Sequence[Cell], pairs: Sequence[Pair], metric: str, lower: bool
+) -> Finding:
+    at, words = f" at {condition}" if condition else "", metric_words(metric)
     ranked = [cell for cell in cells if cell.metric.n]
+    without = "".join(f" {_name(cell)} has no result." for cell in cells if not cell.metric.n)
     if not ranked:
-        start = f"At {condition}, no" if condition else "No"
-        return Finding(condition, None, False, f"{start} run has finished with a {words} yet.")
+        return Finding(condition, None, False, f"No run has finished with a {words}{at} yet.")
     best, others = ranked[0], ranked[1:]
     value = f"{best.metric} (n = {best.metric.n} seed{'s' if best.metric.n > 1 else ''})"
-    lead = f"{where}{_name(best)} has the {_superlative(lower)} mean {words}, {value}"
-    close = [cell for cell in others if not _apart(best, cell)]
-    clear = False
     if not others:
-        text = f"{where}{_name(best)} has a mean {words} of {value}; there is nothing to compare it with."
-    elif best.metric.half_width is None:
+        text = f"{_name(best)} has a mean {words} of {value}{at}; there is nothing to compare it with."
+        return Finding(condition, best.contender, False, text + without)
+    met = _of(best, pairs)
+    beaten = [cell for cell in others if _beats(best, met.get(cell.contender))]
+    close = [cell for cell in others if cell not in beaten]
+    seeds = {met[cell.contender].n for cell in others if cell.contender in met}
+    many = f"these {seeds.pop()} seeds" if len(seeds) == 1 and min(seeds) > 1 else "these seeds"
+    lead = f"{_name(best)} has the {_superlative(lower)} mean {words}{at}, {value}"
+    if best.metric.n == 1:
         text = f"{lead}, but one seed gives no interval, so the lead may be chance: run more seeds."
     elif close:
-        alone = any(cell.metric.half_width is None for cell in close)
-        why = "overlap or, with one seed, are missing" if alone else "overlap"
-        text = f"{lead}, but these seeds cannot tell it apart from {_list(close)}: the 95 % intervals {why}."
-        rest = len(others) - len(close)
-        worse = "higher" if lower else "lower"
-        if rest:
-            text += (
-                f" The other {rest if rest > 1 else 'one'} {'lie' if rest > 1 else 'lies'} clearly {worse}."
-            )
+        nearest = met.get(close[0].contender)
+        first = f"{_name(close[0])} ({_evidence(nearest, best)})" if nearest else _name(close[0])
+        text = f"With {many}, {lead}, but cannot be told apart from {_list([first, *map(_name, close[1:])])}."
+        if beaten:
+            text += f" It is better than {_list([_name(cell) for cell in beaten])}."
     else:
-        clear = True
-        text = f"{lead}; its 95 % interval overlaps with no other, the nearest being {_list(others[:1])}."
-    return Finding(condition, best.contender, clear, text)
+        whom = _name(others[0]) if len(others) == 1 else f"all {len(others)} others"
+        nearest = min((met[cell.contender] for cell in others), key=lambda pair: pair.difference)
+        which = "" if len(others) == 1 else f"the nearest, {nearest.worse}: "
+        text = (
+            f"With {many}, {_name(best)} is better than {whom}{at}: {words} {best.metric} "
+            f"({which}{_evidence(nearest, best)})."
+        )
+    return Finding(condition, best.contender, not close, text + without, len(others))
+
+
+def _of(best: Cell, pairs: Sequence[Pair]) -> dict[str, Pair]:
+    """The pairs of one contender, by the other one."""
+    met = {pair.worse: pair for pair in pairs if pair.better == best.contender}
+    return met | {pair.better: pair for pair in pairs if pair.worse == best.contender}
+
+
+def _beats(best: Cell, pair: Pair | None) -> bool:
+    return pair is not None and pair.told_apart and pair.better == best.contender
+
+
+def _evidence(pair: Pair, best: Cell) -> str:
+    """The numbers behind a comparison with the best, over the seeds that both have finished."""
+    if pair.n < 2:
+        return f"only {pair.n} seed in common" if pair.n else "no seed in common"
+    ahead = f"{pair.better} ahead on the common seeds: " if pair.better != best.contender else ""
+    numbers = f"{ahead}difference {number(pair.difference)}, 95 % interval {number(pair.low)} to {number(pair.high)}"
+    if not pair.told_apart and pair.more_seeds:
+        plural = "s" if pair.more_seeds > 1 else ""
+        return f"{numbers}, {p_words(pair.p_holm)}; about {pair.more_seeds} more seed{plural} would be needed"
+    return f"{numbers}, {p_words(pair.p_holm)}"
 
 
 def _superlative(lower: bool) -> str:
@@ -186,23 +164,15 @@ def _places(found: Sequence[Finding]) -> str:
     return "at " + " and ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
 
 
-def _apart(best: Cell, other: Cell) -> bool:
-    if other.metric.half_width is None:
-        return False
-    return best.metric.low > other.metric.high or best.metric.high < other.metric.low
-
-
 def _name(cell: Cell) -> str:
     lost = [f"{cell.states[state]} {state}" for state in ("failed", "diverged") if state in cell.states]
     return f"{cell.contender} ({', '.join(lost)})" if lost else cell.contender
 
 
-def _list(cells: Sequence[Cell], limit: int = 2) -> str:
-    named = [f"{cell.contender} ({cell.metric})" for cell in cells[:limit]]
-    rest = len(cells) - limit
-    if rest > 0:
-        return f"{', '.join(named)} and {rest} more"
-    return " and ".join(named)
+def _list(names: Sequence[str], limit: int = 3) -> str:
+    if len(names) > limit:
+        return f"{', '.join(names[: limit - 1])} and {len(names) - limit + 1} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def milliseconds(seconds: float) -> str:

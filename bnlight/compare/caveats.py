@@ -1,0 +1,136 @@
+"""What a careful reader would ask about a comparison, where it applies to its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from bnlight.compare.axes import Axes, shown, sortable
+from bnlight.compare.cells import common_repeats, contests
+from bnlight.compare.evidence.repeats import by_repeat
+from bnlight.compare.stats import Cell
+from bnlight.compare.verdict import is_tuned, metric_words
+
+INTERVALS = (
+    "Intervals are 95 % Student-t intervals of the mean over seeds: they cover the randomness of the seed, "
+    "not the choice of data or of hyperparameters."
+)
+
+
+def caveats(
+    runs: pd.DataFrame,
+    cells: Sequence[Cell],
+    axes: Axes,
+    configs: pd.DataFrame,
+    tuned_by: str | None,
+    repeats: pd.DataFrame,
+) -> list[str]:
+    """The sentences that limit what the cells say. `tuned_by` is the metric by which settings were chosen."""
+    notes = [INTERVALS] if any(cell.metric.half_width is not None for cell in cells) else []
+    lost = {state: int((runs["state"] == state).sum()) for state in ("failed", "diverged")}
+    if any(lost.values()):
+        counts = " and ".join(f"{count} {state}" for state, count in lost.items() if count)
+        notes.append(
+            f"{counts} of {len(runs)} runs are in no mean. Means over the survivors flatter a norm that "
+            "sometimes breaks, so read them together with the runs that are not done."
+        )
+    if is_tuned(cells) and tuned_by:
+        names = ", ".join(axes.label(key) for key in axes.tuned)
+        notes.append(
+            f"Each contender is judged at its own best {names} (marked *), chosen by {metric_words(tuned_by)}, "
+            "never by a test result."
+        )
+        notes.extend([] if axes.searched else _edges(cells, axes))  # of values drawn, one is always outermost
+        notes.extend(_chosen_on(cells, tuned_by, repeats))
+    return notes + _shared(axes, configs) + _averaged(axes, configs) + _unequal(runs, cells)
+
+
+def _shared(axes: Axes, configs: pd.DataFrame) -> list[str]:
+    """Norms compared at one shared learning rate."""
+    if "norm" not in axes.contenders or "optimizer.lr" in axes.tuned or "optimizer.lr" not in configs:
+        return []
+    rates = configs["optimizer.lr"].dropna().unique()
+    if len(rates) == 1:
+        return [
+            f"All norms share one learning rate ({shown(rates[0])}), and another norm may win at its own. Sweep "
+            "optimizer.lr as well, and each norm is judged at its best."
+        ]
+    if "optimizer.lr" in axes.conditions:
+        return ["The norms meet at shared learning rates, untuned: another norm may win at its own."]
+    return []
+
+
+def _averaged(axes: Axes, configs: pd.DataFrame) -> list[str]:
+    notes = []
+    for key in axes.averaged:
+        values = _some([shown(value) for value in sorted(configs[key].unique(), key=sortable)])
+        notes.append(f"{axes.label(key)} varies too ({values}) and is averaged over within each seed.")
+    return notes
+
+
+def _edges(cells: Sequence[Cell], axes: Axes) -> list[str]:
+    """A best value at the edge of what was tried may lie beyond it."""
+    notes = []
+    for key in axes.tuned:
+        tried: dict[tuple[str, str], set[tuple[int, float, str]]] = {}
+        for cell in cells:
+            tried.setdefault((cell.contender, cell.condition), set()).add(sortable(cell.settings[key]))
+        at_edge: list[str] = []
+        for cell in cells:
+            values = sorted(value for value in tried[cell.contender, cell.condition] if value[0] == 0)
+            if cell.chosen and len(values) > 1 and sortable(cell.settings[key]) in (values[0], values[-1]):
+                at_edge.append(cell.contender)
+        if at_edge:
+            names = ", ".join(dict.fromkeys(at_edge))
+            notes.append(
+                f"The best {axes.label(key)} lies at the edge of those tried for {names}: try beyond it."
+            )
+    return notes
+
+
+def _chosen_on(cells: Sequence[Cell], tuned_by: str, repeats: pd.DataFrame) -> list[str]:
+    """Contenders whose settings did not finish on the same seeds."""
+    notes = []
+    for group in contests(cells):
+        members = [cell for _, cell in group]
+        finished = [by_repeat(cell, tuned_by, repeats) for cell in members if cell.validation.n]
+        shared = common_repeats(members, tuned_by, repeats)
+        if all(len(results) == len(shared) for results in finished):
+            continue
+        where = f" at {members[0].condition}" if members[0].condition else ""
+        seeds = sorted({str(seed) for seed, _ in shared}, key=sortable)
+        how = f"the seeds they share ({_some(seeds)})" if seeds else "different seeds, as they share none"
+        notes.append(f"{members[0].contender}{where}: its settings were compared on {how}.")
+    more = [f"... and {len(notes) - 3} more contenders likewise."] if len(notes) > 3 else []
+    return notes[:3] + more
+
+
+def _unequal(runs: pd.DataFrame, cells: Sequence[Cell]) -> list[str]:
+    notes = []
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for cell in cells:
+        if cell.chosen and cell.seeds:
+            groups.setdefault(tuple(shown(seed) for seed in cell.seeds), []).append(cell.contender)
+    if len(groups) > 1:
+        usual = max(groups, key=lambda seeds: len(groups[seeds]))
+        rest = [
+            f"{_some(list(dict.fromkeys(names)))} on {_some(seeds)}"
+            for seeds, names in groups.items()
+            if seeds != usual
+        ]
+        notes.append(
+            f"Not every contender has finished on the same seeds: most on {_some(usual)}, {_some(rest)}. "
+            "Differences are taken over the seeds that both have."
+        )
+    kinds = runs[runs["state"] == "done"][["hardware", "versions"]].nunique()
+    if kinds["hardware"] > 1:
+        notes.append(f"The runs come from {kinds['hardware']} kinds of hardware: times do not compare.")
+    if kinds["versions"] > 1:
+        notes.append(f"The runs come from {kinds['versions']} sets of software versions.")
+    return notes
+
+
+def _some(words: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(words) - limit} more" if len(words) > limit else ""
+    return ", ".join(words[:limit]) + more
