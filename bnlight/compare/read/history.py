@@ -19,10 +19,12 @@ def read_histories(runs: Sequence[Run]) -> pd.DataFrame:
     What cannot be read becomes a note of its run.
     """
     by_header: dict[str, list[tuple[int, str]]] = {}
-    lines = []
+    lines: list[dict[str, float]] = []
+    numbers: list[int] = []
     for index, run in enumerate(runs):
         if run.folder is None:
-            lines += [{NUMBER: index, **line} for line in run.lines]
+            lines += run.lines
+            numbers += [index] * len(run.lines)
             continue
         try:
             text = (run.folder / "metrics.csv").read_text(encoding="utf-8")
@@ -36,7 +38,8 @@ def read_histories(runs: Sequence[Run]) -> pd.DataFrame:
         if header.strip():
             by_header.setdefault(header, []).append((index, body))
     tables = [_parsed(header, bodies, runs) for header, bodies in by_header.items()]
-    tables = [table for table in (*tables, pd.DataFrame(lines)) if table is not None and len(table)]
+    tables.append(pd.DataFrame(lines).assign(**{NUMBER: numbers}))
+    tables = [table for table in tables if table is not None and len(table)]
     if not tables:
         return pd.DataFrame(columns=[*KEYS, "epoch", "time"])
     history = pd.concat(tables, ignore_index=True)

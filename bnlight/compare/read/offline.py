@@ -25,7 +25,7 @@ class _Piece:
     git: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, str] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
     heartbeat: float = 0.0
     exit_code: int | None = None
 
@@ -61,7 +61,9 @@ def _joined(pieces: list[_Piece], source: str) -> Tracked:
     for attempt, piece in enumerate(pieces, start=1):
         tracked.config |= piece.config
         tracked.summary |= {name: json.loads(value) for name, value in piece.summary.items()}
-        tracked.rows += [{**row, "attempt": float(attempt)} for row in piece.rows]
+        for row in piece.rows:
+            row["attempt"] = float(attempt)
+        tracked.rows += piece.rows
     return tracked
 
 
@@ -70,7 +72,8 @@ def _read(file: Path) -> _Piece:
     piece = _Piece(file)
     for kind, content in records(file):
         if kind == "history":
-            piece.rows.append({_name(item): _value(item.value_json) for item in content.item})
+            row = {_name(item): _number(item.value_json) for item in content.item}
+            piece.rows.append({name: value for name, value in row.items() if value is not None})
             piece.heartbeat = piece.rows[-1].get("_timestamp") or piece.heartbeat
         elif kind == "summary":
             piece.summary |= {_name(item): item.value_json for item in content.update}
@@ -102,12 +105,12 @@ def _update(config: dict[str, Any], change: Any) -> None:
 
 
 def _name(item: Any) -> str:
-    return item.key or ".".join(item.nested_key)
+    nested = item.nested_key
+    return nested[0] if len(nested) == 1 else ".".join(nested) or item.key
 
 
-def _value(text: str) -> Any:
-    """A number as a float; of anything else nothing is made here."""
+def _number(text: str) -> float | None:
     try:
         return float(text)
-    except ValueError:
+    except ValueError:  # a word, a list, a histogram
         return None

@@ -28,7 +28,7 @@ class Run:
     config: dict[str, Any] | None = None
     folder: Path | None = None
     wandb_id: str | None = None
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     key: str = ""
 

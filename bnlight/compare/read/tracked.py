@@ -26,7 +26,9 @@ STATES = {
 
 @dataclass
 class Tracked:
-    """`rows` are the history in order, with W&B's own `_step`, `_timestamp`, `_runtime`; `state` is W&B's word."""
+    """`rows` are the numbers of the history in order, with W&B's own `_step`, `_timestamp` and `_runtime`; `state` is
+    W&B's word for it, `heartbeat` unix seconds.
+    """
 
     run_id: str
     name: str
@@ -35,7 +37,7 @@ class Tracked:
     state: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, float]] = field(default_factory=list)
     attempts: int = 1
     heartbeat: float = math.nan
     git: str | None = None
@@ -91,17 +93,17 @@ def _config(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _lines(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The history's numbers; its step is the optimizer's where that is logged at all, else W&B's."""
+def _lines(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The history's lines of metrics; their step is the optimizer's where that is logged at all, else W&B's."""
     steps = GLOBAL_STEP if any(GLOBAL_STEP in row for row in rows) else "_step"
-    lines, step = [], 0.0
+    lines, step = [], 0
     for row in rows:
-        at = number(row.get(steps))
-        step = step if math.isnan(at) else at
-        line = {name: _float(value) for name, value in row.items() if name[0] != "_" and name != GLOBAL_STEP}
-        line = {name: value for name, value in line.items() if value is not None}
+        at = row.get(steps, math.nan)
+        step = int(at) if math.isfinite(at) else step
+        line = {name: value for name, value in row.items() if name[0] != "_" and name != GLOBAL_STEP}
         if not line.keys() <= _INDEX:
-            lines.append({"step": int(step), "time": number(row.get("_timestamp")), **line})
+            line["step"], line["time"] = step, row.get("_timestamp", math.nan)
+            lines.append(line)
     return lines
 
 
@@ -125,7 +127,7 @@ def _metrics(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> d
     for line in lines:
         metrics |= line
     monitor = mapping(config.get("monitor"))
-    name, sign = monitor.get("metric"), -1 if monitor.get("mode") == "min" else 1
+    name, sign = str(monitor.get("metric")), -1 if monitor.get("mode") == "min" else 1
     scored = [(sign * line[name], line["step"]) for line in lines if math.isfinite(line.get(name, math.nan))]
     if scored:
         best = max(scored, key=lambda pair: pair[0])[1]  # the first of equal ones, as a checkpoint is kept
@@ -141,12 +143,3 @@ def _world_size(config: Mapping[str, Any]) -> int | None:
     devices, nodes = trainer.get("devices"), trainer.get("num_nodes", 1)
     known = isinstance(devices, int) and isinstance(nodes, int) and devices > 0
     return devices * nodes if known else None
-
-
-def _float(value: Any) -> float | None:
-    """A number of the history; W&B's server writes those that are not finite as words."""
-    if isinstance(value, float):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return float(value) if value in ("NaN", "Infinity", "-Infinity") else None
