@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -139,32 +138,40 @@ def corrected(pairs: list[Pair]) -> list[Pair]:
     if not tested:
         return pairs
     told, adjusted, *_ = multipletests([pair.p for pair in tested], alpha=ALPHA, method="holm")
-    level = ALPHA / max(1, int((~told).sum()))
+    open_ = [pair for pair, apart in zip(tested, told, strict=True) if not apart]
+    needed = iter(
+        more_seeds([pair.effect for pair in open_], [pair.n for pair in open_], ALPHA / max(1, len(open_)))
+    )
     found = {
         id(pair): replace(
-            pair,
-            p_holm=float(p),
-            told_apart=bool(apart),
-            more_seeds=None if apart else more_seeds(pair.effect, pair.n, level),
+            pair, p_holm=float(p), told_apart=bool(apart), more_seeds=None if apart else next(needed)
         )
         for pair, p, apart in zip(tested, adjusted, told, strict=True)
     }
     return [found.get(id(pair), pair) for pair in pairs]
 
 
-def more_seeds(effect: float, n: int, alpha: float = ALPHA) -> int | None:
-    """Seeds beyond n with which a paired t test at level `alpha` finds this effect with a power of 0.8.
+def more_seeds(effects: Sequence[float], seeds: Sequence[int], alpha: float = ALPHA) -> list[int | None]:
+    """Of each effect, seen with so many seeds, how many more find it with a power of 0.8 at level `alpha`.
 
-    None if the effect is unknown or takes more than 1000.
+    That is the power of a two-sided paired t test if the effect is true. None where the effect is unknown or takes
+    more than 1000.
     """
     from statsmodels.stats.power import TTestPower
 
-    def power(seeds: int) -> float:
-        return float(TTestPower().power(abs(effect), seeds, alpha))
+    effect, n = np.abs(np.asarray(effects, dtype=float)), np.asarray(seeds, dtype=int)
 
-    if not math.isfinite(effect) or power(n + MOST) < POWER:
-        return None
-    return 1 + bisect_left(range(n + 1, n + MOST), POWER, key=power)
+    def enough(more: np.ndarray) -> np.ndarray:
+        # Not `>=`: the power of a huge effect overflows to NaN.
+        return np.asarray(~(TTestPower().power(effect, n + more, alpha) < POWER))
+
+    low, high = np.ones_like(n), np.full_like(n, MOST)
+    known = np.isfinite(effect) & enough(high)
+    while (low < high).any():
+        middle = (low + high) // 2
+        reached = enough(middle)
+        low, high = np.where(reached, low, middle + 1), np.where(reached, middle, high)
+    return [int(more) if found else None for more, found in zip(low, known, strict=True)]
 
 
 def _lost(cell: Cell) -> str:
