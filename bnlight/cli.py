@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules are importable, as with `python -m`
     # These read their arguments themselves.
     own = {"train": train, "sweep": run_sweep, "bench": bench, "test": test, "adapt": adapt, "doctor": doctor}
-    own |= {"wandb": wandb, "prune": prune, "status": status}
+    own |= {"wandb": wandb, "prune": prune, "status": status, "compare": compare}
     try:
         if given and given[0] in own:
             return own[given[0]](given[1:])
@@ -47,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.version:
             print(f"bnlight {importlib.metadata.version('bnlight')}")
             return 0
-        if options.command == "compare":
-            return print_comparison(options.directory, options.target)
         parser.print_help()
         return 2
     except KeyboardInterrupt:
         from bnlight.run.survive.supervisor import STOPPED, how_to_continue
 
         print(f"\n{how_to_continue(given)}", file=sys.stderr)
+        if given[:1] in (["sweep"], ["train"]):
+            say_how_to_compare()
         return STOPPED
 
 
@@ -78,10 +78,9 @@ def command_line() -> argparse.ArgumentParser:
     )
     commands.add_parser("status", help="what the jobs of a sweep are doing (status DIR --watch)")
     commands.add_parser("prune", help="remove the checkpoints of finished jobs but the best (prune --help)")
-    compare = commands.add_parser("compare", help="compare the jobs of a finished or running sweep")
-    compare.add_argument("directory", type=Path, help="the sweep's directory, such as outputs/norms")
-    target = "accuracy whose first step is reported (default: 0.9)"
-    compare.add_argument("--target", type=float, default=0.9, help=target)
+    commands.add_parser(
+        "compare", help="compare the runs of finished or running sweeps, in many forms (compare --help)"
+    )
     return parser
 
 
@@ -118,17 +117,21 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
                     break
             failed = failed or int(sweep.others_failed())
         if sweep.current is not None and this_rank() == 0:
+            from bnlight.compare.command import finish
+
             print()
-            print_comparison(sweep.current.directory)
+            finish(sweep.current.directory)
     except CommandError as error:
         if this_rank() == 0:  # all ranks have found the same
             print(error, file=sys.stderr)
+            say_how_to_compare()
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         when = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it may write there"
         print(f"The sweep ends here: {error}. The same command goes on when {when}.", file=sys.stderr)
+        say_how_to_compare()
         return 1
     return failed
 
@@ -227,13 +230,18 @@ def prune(arguments: list[str]) -> int:
     return remove(arguments)
 
 
-def print_comparison(directory: Path, target: float = 0.9) -> int:
-    """`bnlight compare DIRECTORY`: write results.csv and comparison.html, print the table."""
-    from bnlight.compare import compare
+def compare(arguments: list[str]) -> int:
+    """`bnlight compare SOURCE...`: means with intervals, tests and a verdict, printed and written."""
+    from bnlight.compare.command import main as print_comparison
 
-    try:
-        compare(directory, target=target).print()
-    except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return print_comparison(arguments)
+
+
+def say_how_to_compare() -> None:
+    """One line for a sweep that ends before its comparison, if any job of it has begun."""
+    from bnlight.run import sweep
+
+    if sweep.current is not None and any(sweep.current.directory.glob("*/status.json")):
+        from bnlight.compare.command import how_to
+
+        print(how_to(sweep.current.directory), file=sys.stderr)

@@ -12,7 +12,7 @@ from bnlight.compare.axes import assign, describes, shown
 from bnlight.compare.cells import make_cells
 from bnlight.compare.evidence.pairs import Pair, corrected, p_words, paired
 from bnlight.compare.evidence.repeats import by_repeat, repeats_of
-from bnlight.compare.stats import Cell, Estimate, number
+from bnlight.compare.stats import Cell, Estimate, decimals
 from bnlight.compare.verdict import metric_words
 
 if TYPE_CHECKING:
@@ -125,9 +125,10 @@ def _text(one: Difference) -> str:
         seeds = "one seed" if one.n else "no seed"
         return f"{what}: {values}; {seeds} in common, which proves nothing."
     says = ("better here" if one.better else "worse here") if one.told_apart else "cannot be told apart"
+    digits = decimals(one.here.mean)
     return (
-        f"{what}: {says}, {values}, difference {number(one.difference)} (95 % interval {number(one.low)} to "
-        f"{number(one.high)}, {one.n} common seeds, {p_words(one.p_holm)})."
+        f"{what}: {says}, {values}, difference {one.difference:.{digits}f} (95 % interval {one.low:.{digits}f} to "
+        f"{one.high:.{digits}f}, {one.n} common seeds, {p_words(one.p_holm)})."
     )
 
 

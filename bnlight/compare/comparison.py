@@ -108,6 +108,12 @@ class Comparison:
         """The table's numbers, one row per cell."""
         return pd.DataFrame([table.numbers(cell, self.metric) for cell in self.cells])
 
+    def places(self) -> list[str]:
+        """Where the files are, or why there are none."""
+        if self.unwritten:
+            return [f"Nothing was written ({self.unwritten}): --output DIR writes elsewhere"]
+        return [str(self.results_csv), str(self.page)]
+
     def print(self, console: Console | None = None) -> None:
         """Print the table, its verdict and the paths; plain text where the output is no terminal."""
         table.render(self, console or table.console_for_stdout())

@@ -49,7 +49,7 @@ class Estimate:
     def __str__(self) -> str:
         if self.half_width is None:
             return number(self.mean)
-        digits = _decimals(self.mean)
+        digits = decimals(self.mean)
         return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 
@@ -113,10 +113,11 @@ def _finite(values: Iterable[float]) -> np.ndarray:
 
 def number(value: float) -> str:
     """A number with about four digits; `-` for a missing one."""
-    return f"{value:.{_decimals(value)}f}" if math.isfinite(value) else "-"
+    return f"{value:.{decimals(value)}f}" if math.isfinite(value) else "-"
 
 
-def _decimals(value: float) -> int:
+def decimals(value: float) -> int:
+    """After the point, so that about four digits are shown."""
     size = abs(value)
     if not math.isfinite(size) or size == 0 or size >= 1:
         return max(0, 4 - len(str(int(size)))) if math.isfinite(size) and size else 4

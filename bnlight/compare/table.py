@@ -47,12 +47,18 @@ def columns(comparison: Comparison, spread: bool = False) -> list[Column]:
         Column(axes.label(key), [shown(cell.settings[key]) for cell in cells], numeric=False)
         for key in axes.keys
     ]
-    result.append(Column("n", [str(len(cell.done)) for cell in cells]))
+    if axes.averaged:
+        result.append(Column("runs", [str(len(cell.done)) for cell in cells]))
+    counts = [cell.metric.n if axes.averaged else len(cell.done) for cell in cells]
+    result.append(Column("n", [str(count) for count in counts]))
     lost = [describe_states(cell.states) for cell in cells]
     if any(lost):
         result.append(Column("not done", lost, numeric=False))
     starred = is_tuned(cells)
-    values = [f"{cell.metric}{(' *' if cell.chosen else '  ') if starred else ''}" for cell in cells]
+    values = [
+        f"{cell.metric}{(' *' if cell.chosen and cell.metric.n else '  ') if starred else ''}"
+        for cell in cells
+    ]
     result.append(Column(f"{metric_words(comparison.metric)}\nmean ± 95 % CI", values))
     if spread:
         metric = [cell.metric for cell in cells]
@@ -236,10 +242,8 @@ def _trouble(comparison: Comparison, console: Console) -> None:
 
 def _paths(comparison: Comparison, console: Console) -> None:
     console.print()
-    if comparison.unwritten:
-        _line(console, Text(f"Nothing was written ({comparison.unwritten}): --output DIR writes elsewhere"))
-    for path in () if comparison.unwritten else (comparison.results_csv, comparison.page):
-        _line(console, Text(str(path)))
+    for place in comparison.places():
+        _line(console, Text(place))
     offline = " ".join(comparison.runs["wandb"]).split()
     if 0 < len(offline) <= 3:
         for name in offline:

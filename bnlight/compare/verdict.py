@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bnlight.compare.axes import Axes
 from bnlight.compare.derive import Monitor
 from bnlight.compare.evidence.pairs import Pair, p_words
-from bnlight.compare.stats import NO_MONITOR, Cell, number
+from bnlight.compare.stats import NO_MONITOR, Cell, decimals
 
 
 @dataclass(frozen=True)
@@ -106,28 +106,30 @@ def _finding(
         text = f"{_name(best)} has a mean {words} of {value}{at}; there is nothing to compare it with."
         return Finding(condition, best.contender, False, text + without)
     met = _of(best, pairs)
-    beaten = [cell for cell in others if _beats(best, met.get(cell.contender))]
-    close = [cell for cell in others if cell not in beaten]
-    seeds = {met[cell.contender].n for cell in others if cell.contender in met}
-    many = f"these {seeds.pop()} seeds" if len(seeds) == 1 and min(seeds) > 1 else "these seeds"
-    lead = f"{_name(best)} has the {_superlative(lower)} mean {words}{at}, {value}"
+    close = [cell for cell in others if not _beats(best, met.get(cell.contender))]
     if best.metric.n == 1:
+        lead = f"{_name(best)} has the {_superlative(lower)} {words}{at}, {value}"
         text = f"{lead}, but one seed gives no interval, so the lead may be chance: run more seeds."
     elif close:
+        lead = f"{_with(met)}, {_name(best)} has the {_superlative(lower)} mean {words}{at}, {value}"
         nearest = met.get(close[0].contender)
         first = f"{_name(close[0])} ({_evidence(nearest, best)})" if nearest else _name(close[0])
-        text = f"With {many}, {lead}, but cannot be told apart from {_list([first, *map(_name, close[1:])])}."
-        if beaten:
-            text += f" It is better than {_list([_name(cell) for cell in beaten])}."
+        text = f"{lead}, but cannot be told apart from {_list([first, *map(_name, close[1:])])}."
+        beaten = [_name(cell) for cell in others if cell not in close]
+        text += f" It is better than {_list(beaten)}." if beaten else ""
     else:
-        whom = _name(others[0]) if len(others) == 1 else f"all {len(others)} others"
-        nearest = min((met[cell.contender] for cell in others), key=lambda pair: pair.difference)
-        which = "" if len(others) == 1 else f"the nearest, {nearest.worse}: "
-        text = (
-            f"With {many}, {_name(best)} is better than {whom}{at}: {words} {best.metric} "
-            f"({which}{_evidence(nearest, best)})."
-        )
+        whom = {1: _name(others[0]), 2: "both others"}.get(len(others), f"all {len(others)} others")
+        nearest = min(met.values(), key=lambda pair: pair.difference)
+        which = f"the nearest, {nearest.worse}: " if len(others) > 1 else ""
+        lead = f"{_with(met)}, {_name(best)} is better than {whom}{at}: {words} {best.metric}"
+        text = f"{lead} ({which}{_evidence(nearest, best)})."
     return Finding(condition, best.contender, not close, text + without, len(others))
+
+
+def _with(met: dict[str, Pair]) -> str:
+    """`With these 5 seeds`, where all were compared on that many."""
+    counts = {pair.n for pair in met.values()}
+    return f"With these {counts.pop()} seeds" if len(counts) == 1 and min(counts) > 1 else "With these seeds"
 
 
 def _of(best: Cell, pairs: Sequence[Pair]) -> dict[str, Pair]:
@@ -144,8 +146,10 @@ def _evidence(pair: Pair, best: Cell) -> str:
     """The numbers behind a comparison with the best, over the seeds that both have finished."""
     if pair.n < 2:
         return f"only {pair.n} seed in common" if pair.n else "no seed in common"
+    digits = decimals(best.metric.mean)
     ahead = f"{pair.better} ahead on the common seeds: " if pair.better != best.contender else ""
-    numbers = f"{ahead}difference {number(pair.difference)}, 95 % interval {number(pair.low)} to {number(pair.high)}"
+    interval = f"95 % interval {pair.low:.{digits}f} to {pair.high:.{digits}f}"
+    numbers = f"{ahead}difference {pair.difference:.{digits}f}, {interval}"
     if not pair.told_apart and pair.more_seeds:
         plural = "s" if pair.more_seeds > 1 else ""
         return f"{numbers}, {p_words(pair.p_holm)}; about {pair.more_seeds} more seed{plural} would be needed"
