@@ -163,14 +163,14 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    if not options.dry_run and any(run.waiting for run in runs) and (silent := _unreachable()):
-        print(silent, file=sys.stderr)
+    if not options.dry_run and any(run.waiting for run in runs) and (silent := unreachable()):
+        print(f"{silent}; nothing was uploaded", file=sys.stderr)
         return 2
     return sync(runs, options.dry_run)
 
 
-def _unreachable() -> str:
-    """Why W&B's server cannot be asked, found in seconds; `wandb sync` itself would try again for hours."""
+def unreachable() -> str:
+    """Why W&B's server cannot be asked, found in seconds; W&B itself would try again for hours."""
     from bnlight.run.tracking.logger import server
 
     url = urlsplit(server())
@@ -180,7 +180,7 @@ def _unreachable() -> str:
     try:
         socket.create_connection((url.hostname or "", port), timeout=SECONDS_TO_CONNECT).close()
     except OSError as error:
-        return f"{url.scheme}://{url.hostname}:{port} cannot be reached ({error}); nothing was uploaded"
+        return f"{url.scheme}://{url.hostname}:{port} cannot be reached ({error})"
     return ""
 
 
