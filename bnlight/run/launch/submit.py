@@ -47,6 +47,7 @@ ENDED += ("DEADLINE", "REVOKED", "LAUNCH_FAILED")  # if SLURM queues such a job 
 class _Submitit(BnlightLauncher):
     needs = "submitit"
     cluster = ""
+    own: tuple[str, ...] = ()  # options that submitit's executor does not know
 
     def launch(self, job_overrides: Any, initial_job_idx: int) -> list[JobReturn]:
         self._check_tasks(job_overrides)
@@ -57,7 +58,9 @@ class _Submitit(BnlightLauncher):
         import submitit
 
         known = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name")
-        options = {name: value for name, value in self.options.items() if value is not None}
+        options = {
+            name: value for name, value in self.options.items() if value is not None and name not in self.own
+        }
         folder, timeouts = options.pop("submitit_folder"), options.pop("max_num_timeout", None)
         first = {} if timeouts is None else {f"{self.cluster}_max_num_timeout": timeouts}
         executor = submitit.AutoExecutor(cluster=self.cluster, folder=folder, **first)
@@ -121,9 +124,10 @@ class Local(_Submitit):
     """Jobs as submitit runs them without a cluster: processes that outlive this one, `array_parallelism` at a time."""
 
     cluster = "local"
+    own = ("array_parallelism",)
 
     def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
-        at_a_time = int(self.options.pop("array_parallelism"))
+        at_a_time = int(self.options["array_parallelism"])
         executor, waiting, returns = self.executor(), list(jobs), {}
         running: dict[Any, Job] = {}
         with threads_for(at_a_time), passing_on(lambda: [task._process.pid for task in running]) as stopped:
