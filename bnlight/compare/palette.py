@@ -1,4 +1,4 @@
-"""The colours, dashes and markers of what is compared: the same on the page, in a W&B report and in a workspace.
+"""The colours of what is compared: the same on the page, in a W&B report and in a workspace.
 
 >>> slots(["group", "batch"])
 {'batch': 0, 'group': 1}
@@ -22,7 +22,6 @@ COLOURS = (
     ("136,34,85", "240,110,158"),
     ("46,150,200", "150,220,250"),
 )
-DASHES, SYMBOLS = ("solid", "dash", "dot"), ("circle", "diamond", "square")
 # Each has the colour of its place, in every sweep in which no one before it has taken that.
 NORMS = (
     "batch", "group", "layer", "renorm", "instance", "none", "full", "rms",
@@ -31,10 +30,10 @@ NORMS = (
 
 
 def slots(names: Iterable[str]) -> dict[str, int]:
-    """A slot for each name: `slot % 8` is its colour, `slot // 8` its dash and marker.
+    """A slot for each name: `slot % 8` is its colour, `slot // 8` tells apart those that share one.
 
-    A norm has its own colour wherever that is free, else the next free one; with all eight colours taken, the
-    dashes change. So a name keeps its slot when the results, or their order, change.
+    A norm has its own colour wherever that is free, else the next free one; with all eight taken, a second
+    round begins. So a name keeps its slot when the results, or their order, change.
     """
     own = {name: place for place, name in enumerate(NORMS)}
     taken: dict[str, int] = {}
@@ -49,13 +48,3 @@ def slots(names: Iterable[str]) -> dict[str, int]:
 def hexadecimal(slot: int, dark: bool = False) -> str:
     """The colour of a slot as `#rrggbb`, on a light page or a dark one."""
     return "#" + "".join(f"{int(part):02x}" for part in COLOURS[slot % len(COLOURS)][dark].split(","))
-
-
-def dash(slot: int) -> str:
-    """The dash of a slot's lines, in plotly's words."""
-    return DASHES[slot // len(COLOURS) % len(DASHES)]
-
-
-def symbol(slot: int) -> str:
-    """The marker of a slot's points, in plotly's words."""
-    return SYMBOLS[slot // len(COLOURS) % len(SYMBOLS)]
