@@ -75,10 +75,9 @@ def row(comparison: Comparison, cell: Cell, described: list[Column]) -> str:
     entries = []
     for column in described:
         content, exact = _entry(column, cell)
-        if column.kind == "interval" and starred:
-            content += " *" if cell.chosen else "\u2007\u2007"
+        star = '<span class="star"> *</span>' if column.kind == "interval" and starred and cell.chosen else ""
         classes = (number_class(column.numeric), "more" if column.more else "")
-        entries.append(entry(text(content), *classes, **exact))
+        entries.append(entry(text(content) + star, *classes, **exact))
     return "".join(entries)
 
 
@@ -103,6 +102,13 @@ def _entry(column: Column, cell: Cell) -> tuple[str, dict[str, Any]]:
         return milliseconds(found.mean), _exact(found.mean)
     value = getattr(found, column.kind)
     return number(value), _exact(value)
+
+
+def amount(name: str, value: float) -> str:
+    """A number of a run in the unit that its name implies."""
+    if name == "peak_memory" and math.isfinite(value):
+        return f"{value / 2**20:.0f} MiB"
+    return milliseconds(value) if name == "seconds_per_step" else number(value)
 
 
 def _exact(value: float | None, name: str = "data-value") -> dict[str, Any]:

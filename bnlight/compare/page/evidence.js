@@ -28,7 +28,7 @@ draw.ranks = () => {
   traces.push(line([1, 1 + apart], [-0.75, -0.75], theme.ink, 2));
   annotations.push({ x: 1, y: -0.75, text: `critical difference ${apart.toFixed(2)}`, showarrow: false, xanchor: "left", yanchor: "bottom", yshift: 3 });
   const depth = first + 0.5 * half, longest = Math.max(...contenders.map(name => name.length)) + 5;
-  const margin = Math.min(150, 12 + 6.6 * longest);
+  const margin = Math.min(170, 20 + 7.4 * longest);
   const x = axisLayout("", {
     range: [edge.left, edge.right], side: "top", showgrid: false, showline: false, ticks: "outside", ticklen: 5, tickcolor: theme.ink,
     tickvals: Array.from({ length: count }, (_, at) => at + 1), position: 1, anchor: "free",

@@ -6,15 +6,19 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from bnlight.compare.evidence import Front, Pair, Stability
 from bnlight.compare.page import plan
+from bnlight.compare.page.columns import amount
 from bnlight.compare.page.markup import cell, grid, items, text
 from bnlight.compare.page.pictures import Pictures
 from bnlight.compare.stats import number
 from bnlight.compare.verdict import metric_words
 
 if TYPE_CHECKING:
+    from bnlight.compare.against import Difference
     from bnlight.compare.comparison import Comparison
 
+_COSTS = ("seconds_per_step", "samples_per_second", "seconds", "peak_memory")
 _TOLD = 6  # sentences on pairs; the table has all of them
 
 
@@ -39,10 +43,11 @@ def render(comparison: Comparison, pictures: Pictures) -> str:
     """The sections that have something to say."""
     figures = plan.evidence(comparison)
     parts = [
+        _against(comparison),
         _ranking(comparison, pictures.frames(figures["ranking"])),
         _pairs(comparison, pictures.frames(figures["pairs"])),
         _stability(comparison, pictures.frames(figures["stability"])),
-        _fronts(pictures.frames(figures["fronts"])),
+        _costs(comparison, pictures.frames(figures["fronts"])),
     ]
     return f'<section class="evidence">\n{"".join(parts)}</section>' if any(parts) else ""
 
@@ -66,27 +71,15 @@ def _pairs(comparison: Comparison, frames: str) -> str:
                    "told apart", "more seeds", numeric=range(3, 11))  # fmt: skip
     rows = []
     for pair in pairs:
-        interval = f"{number(pair.low)} to {number(pair.high)}" if math.isfinite(pair.low) else "-"
-        numbers = [
-            str(pair.n),
-            number(pair.difference),
-            interval,
-            number(pair.effect),
-            _p(pair.p),
-            _p(pair.p_holm),
-        ]
-        numbers += [
-            "yes" if pair.told_apart else "no",
-            "-" if pair.more_seeds is None else str(pair.more_seeds),
-        ]
-        words = [cell(text(word)) for word in (pair.condition or "-", pair.better, pair.worse)]
-        rows.append(f"<tr>{''.join(words)}{''.join(cell(text(value), 'number') for value in numbers)}</tr>")
+        numbers = [str(pair.n), number(pair.difference), _ends(pair), number(pair.effect), _p(pair.p)]
+        numbers += [_p(pair.p_holm), "yes" if pair.told_apart else "no"]
+        numbers += ["-" if pair.more_seeds is None else str(pair.more_seeds)]
+        rows.append(_row([pair.condition or "-", pair.better, pair.worse], numbers))
     note = (
         "Each pair of contenders on the seeds both have: the difference seed by seed with its 95 % interval, and a "
         "paired test with Holm's correction within a setting. A bar that crosses zero is no difference told apart."
     )
-    leaders = {finding.condition: finding.best for finding in comparison.findings}
-    told = [pair.text for pair in pairs if pair.better == leaders.get(pair.condition)]
+    told = [pair.text for pair in pairs if pair.leading]
     table = grid("pairs", "Paired differences", heads, rows)
     fold = f"<details><summary>{len(pairs)} pairs in numbers</summary>\n{table}</details>"
     return f'<h2>Pair by pair</h2>\n<p class="soft">{text(note)}</p>\n{items(told[:_TOLD])}{frames}{fold}\n'
@@ -96,29 +89,64 @@ def _stability(comparison: Comparison, frames: str) -> str:
     found = comparison.evidence.stability
     if not found:
         return ""
-    rates = any(entry.largest_stable_lr is not None for entry in found)
     heads = _heads("condition", "contender", "runs", "diverged", "failed", "roughness", "train-eval gap",
-                   *(["largest stable lr"] if rates else []), numeric=range(2, 8))  # fmt: skip
+                   "largest stable lr", "steps to target", "seconds to target", numeric=range(2, 10))  # fmt: skip
     rows = []
     for entry in found:
-        numbers = [str(entry.runs), str(entry.diverged), str(entry.failed)]
+        rate = f" ({entry.divergence_rate:.0%})" if entry.diverged else ""
+        numbers = [str(entry.runs), f"{entry.diverged}{rate}", str(entry.failed)]
         numbers += [str(value) if value.n else "-" for value in (entry.roughness, entry.gap)]
-        numbers += [_rate(entry.largest_stable_lr)] if rates else []
-        words = cell(text(entry.condition or "-")) + cell(text(entry.contender))
-        rows.append(f"<tr>{words}{''.join(cell(text(value), 'number') for value in numbers)}</tr>")
+        numbers += [_largest(entry), _median(entry.steps), _median(entry.seconds)]
+        rows.append(_row([entry.condition or "-", entry.contender], numbers))
     note = (
-        "Roughness is how much a training curve jumps from one validation to the next, the gap how much better a "
-        "run is on its training data than on the data it is judged by."
+        "Over all runs of a contender, at every setting tried. Roughness is how much a training curve jumps, the gap "
+        "how much better a run is on its training data than on the data it is judged by; the target is a validation "
+        f"accuracy of {comparison.target:g}, reached by the median run at the chosen setting."
     )
     table = grid("stability", "Stability", heads, rows)
     return f'<h2>Stability</h2>\n<p class="soft">{text(note)}</p>\n{frames}{table}\n'
 
 
-def _fronts(frames: str) -> str:
-    if not frames:
+def _costs(comparison: Comparison, frames: str) -> str:
+    measured = [name for name in _COSTS if name in comparison.runs and comparison.runs[name].notna().any()]
+    if not frames and not measured:
         return ""
-    note = "Filled points are on the Pareto front: nothing else is better and cheaper at once. Hollow ones are not."
-    return f'<h2>Quality against cost</h2>\n<p class="soft">{note}</p>\n{frames}'
+    heads = _heads(
+        "condition", "contender", *map(metric_words, measured), numeric=range(2, 2 + len(measured))
+    )
+    rows = []
+    for chosen in (each for each in comparison.cells if each.chosen and len(each.done)):
+        means = [amount(name, float(chosen.done[name].mean())) for name in measured]
+        rows.append(_row([chosen.condition or "-", chosen.contender], means))
+    note = (
+        "Filled points are on the Pareto front: nothing else is better and cheaper at once. Hollow ones are not. The "
+        "table has the mean costs of the done runs at the chosen setting."
+    )
+    table = grid("costs", "Costs", heads, rows)
+    return f'<h2>Quality against cost</h2>\n<p class="soft">{note}</p>\n{frames}{table}'
+
+
+def _against(comparison: Comparison) -> str:
+    other = comparison.against
+    if other is None:
+        return ""
+    heads = _heads("condition", "contender", "here", "there", "n", "difference", "95 % interval", "p (Holm)",
+                   "told apart", numeric=range(2, 9))  # fmt: skip
+    rows = []
+    for found in other.differences:
+        numbers = [str(found.here), str(found.there), str(found.n), number(found.difference)]
+        numbers += [_ends(found), _p(found.p_holm), "yes" if found.told_apart else "no"]
+        rows.append(_row([found.condition or "-", found.contender], numbers))
+    remarks = [f"Only here: {', '.join(other.only_here)}."] if other.only_here else []
+    remarks += [f"Only in {other.name}: {', '.join(other.only_there)}."] if other.only_there else []
+    remarks += [f"The two also differ in {', '.join(other.settings)}."] if other.settings else []
+    table = grid("against", f"Against {other.name}", heads, rows)
+    return f"<h2>Against {text(other.name)}</h2>\n<p>{text(other.verdict)}</p>\n{items(remarks)}{table}\n"
+
+
+def _row(words: list[str], numbers: list[str]) -> str:
+    entries = [*(cell(text(word)) for word in words), *(cell(text(value), "number") for value in numbers)]
+    return f"<tr>{''.join(entries)}</tr>"
 
 
 def _heads(*names: str, numeric: range) -> list[dict[str, Any]]:
@@ -127,13 +155,11 @@ def _heads(*names: str, numeric: range) -> list[dict[str, Any]]:
     ]
 
 
-def _points(front: Any) -> list[dict[str, Any]]:
-    named = front.points.rename(columns={front.quality: "quality", front.cost: "cost"})
-    points = named[["contender", "condition", "quality", "cost", "on_front"]].to_dict("records")
-    return [p | {"on_front": bool(p["on_front"])} for p in points if math.isfinite(p["quality"] + p["cost"])]
+def _points(front: Front) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in point.items()} for point in front.points.to_dict("records")]
 
 
-def _interval(pair: Any) -> dict[str, float | None]:
+def _interval(pair: Pair) -> dict[str, float | None]:
     names = ("difference", "low", "high", "effect", "p", "p_holm")
     return {name: value if math.isfinite(value := getattr(pair, name)) else None for name in names}
 
@@ -144,5 +170,17 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"
+def _ends(found: Pair | Difference) -> str:
+    return f"{number(found.low)} to {number(found.high)}" if math.isfinite(found.low) else "-"
+
+
+def _largest(entry: Stability) -> str:
+    if entry.largest_stable_lr is None:
+        return "-"
+    return f"{entry.largest_stable_lr:g}" + (
+        " (largest tried)" if entry.largest_stable_lr == entry.largest_lr else ""
+    )
+
+
+def _median(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

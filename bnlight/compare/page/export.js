@@ -26,7 +26,7 @@ const visible = element => !element.hidden && getComputedStyle(element).display 
 
 // The rows of a table as they are seen, or, `exact`, with the numbers behind what is shown.
 function contents(table, exact = false) {
-  const heads = [...table.tHead.rows[0].cells], lines = [...table.tBodies[0].rows].filter(row => !row.hidden);
+  const heads = [...table.tHead.rows[0].cells], lines = [...table.tBodies[0].rows].filter(visible);
   const columns = heads.map((head, at) => ({
     at, head: head.textContent.trim(), numeric: head.classList.contains("number"), shown: exact || visible(head),
     half: exact && lines.some(row => row.cells[at].dataset.half !== undefined),

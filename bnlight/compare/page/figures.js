@@ -236,9 +236,13 @@ draw.heat = ({ x, y }, { width }) => {
       ...(few ? { text: z.map(line => line.map(value => value === null ? "" : value.toPrecision(3))), texttemplate: "%{text}" } : {}),
       hovertemplate: `${look(contender).name}<br>${safe(axisOf[x].label)} %{x}, ${safe(axisOf[y].label)} %{y}: %{z:.4g}<extra></extra>`,
     });
-    layout[`xaxis${suffix}`] = axisLayout(row === down - 1 || index + across >= maps.length ? safe(axisOf[x].label) : "", { type: "category", domain: [left, left + size[0]], anchor: `y${suffix}`, showgrid: false, automargin: false });
-    layout[`yaxis${suffix}`] = axisLayout(column ? "" : safe(axisOf[y].label), { type: "category", domain: [Math.max(0, top - size[1]), top], anchor: `x${suffix}`, showgrid: false, automargin: false });
-    layout.annotations.push({ text: `<b>${look(contender).name}</b>`, showarrow: false, xref: "paper", yref: "paper", x: left, y: top, xanchor: "left", yanchor: "bottom" });
+    const axis = { type: "category", showgrid: false, showline: false };
+    layout[`xaxis${suffix}`] = axisLayout("", { ...axis, domain: [left, left + size[0]], anchor: `y${suffix}` });
+    layout[`yaxis${suffix}`] = axisLayout(column ? "" : safe(axisOf[y].label), { ...axis, domain: [Math.max(0, top - size[1]), top], anchor: `x${suffix}` });
+    const label = { showarrow: false, xref: "paper", yref: "paper" };
+    layout.annotations.push({ ...label, text: `<b>${look(contender).name}</b>`, x: left, y: top, xanchor: "left", yanchor: "bottom" });
+    if (index + across >= maps.length) layout.annotations.push({
+      ...label, text: safe(axisOf[x].label), x: left + size[0] / 2, y: Math.max(0, top - size[1]), yanchor: "top", yshift: -20 });
     at.forEach((line, j) => line.forEach((which, i) => which.length && rows.push([data.contenders[contender].name, columns[i], lines_[j], which.length, z[j][i]])));
   });
   layout.coloraxis = { colorscale: "Cividis", reversescale: data.lower, colorbar: { orientation: "h", thickness: 10, len: 0.6, y: 1, yanchor: "bottom", ypad: 26, outlinewidth: 0, title: { text: words(data.metric), side: "top" } } };

@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 
 def text(value: Any) -> str:
-    """Escaped text, in which a line never breaks around `±`."""
-    return html.escape(str(value)).replace(" ± ", "\u00a0±\u00a0")
+    """Escaped text, in which a line never breaks around `±` or before `%`."""
+    return html.escape(str(value)).replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
 def href(path: str) -> str:

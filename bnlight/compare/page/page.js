@@ -158,7 +158,7 @@ function lost(cell) {
 }
 
 function fillTable() {
-  const heads = [...table.tHead.rows[0].cells], starred = data.cells.some(cell => !cell.chosen);
+  const heads = [...table.tHead.rows[0].cells];
   const means = new Map();
   for (const { row, className, html } of asWritten) {
     row.innerHTML = html;
@@ -173,7 +173,7 @@ function fillTable() {
       const entry = row.cells[at];
       if (kind === "setting") return;
       const [text, value, half] = kind === "lost" ? [lost(cell)] : entries[kind](which, of);
-      entry.textContent = text + (kind === "interval" && starred ? (data.cells[cell].chosen ? " *" : "\u2007\u2007") : "");
+      entry.replaceChildren(text, ...$$(".star", entry));
       for (const [name, exact] of Object.entries({ value, half })) Number.isFinite(exact) ? entry.dataset[name] = exact : delete entry.dataset[name];
     });
   }
@@ -190,7 +190,8 @@ function rank(means) {
   for (const row of sorted) {
     const leads = data.cells[row.dataset.cell].chosen && Number.isFinite(means.get(row)) && !led.has(condition(row));
     if (leads) led.add(condition(row));
-    row.className = [leads && "lead", before !== null && before !== condition(row) && "section"].filter(Boolean).join(" ");
+    row.classList.toggle("lead", leads);
+    row.classList.toggle("section", before !== null && before !== condition(row));
     before = condition(row);
     table.tBodies[0].append(row);
   }
@@ -279,7 +280,7 @@ function showRun(run) {
     ...(runs.url[run] ? [["W&B", runs.url[run]]] : []),
   ].map(([name, href]) => element("a", { href }, name));
   const results = Object.keys(runs.columns).filter(name => Number.isFinite(valueOf(run, name)))
-    .map(name => [words(name), name === "seconds_per_step" ? milliseconds(valueOf(run, name)) : number(valueOf(run, name))]);
+    .map(name => [words(name), amount(name, valueOf(run, name))]);
   const differs = Object.entries(data.configs.varying).map(([key, column]) => [key, value(column)]).filter(([, text]) => text !== "-");
   const parts = [
     element("p", {}, element("span", { className: ["failed", "diverged"].includes(runs.state[run]) ? "bad" : "" }, runs.state[run]), `, seed ${runs.seed[run]}`),

@@ -9,6 +9,7 @@ from bnlight.compare.page.markup import attributes, text
 from bnlight.compare.page.plan import Figure, Section
 
 _BANDS = (("interval", "95 % interval"), ("range", "lowest to highest"), ("seeds", "every seed"))
+_SHOWN = 6  # figures in a row that are not folded
 
 
 class Pictures:
@@ -26,8 +27,11 @@ class Pictures:
         return f'<section class="pictures">\n{legend}\n{parts}\n</section>'
 
     def frames(self, figures: Sequence[Figure]) -> str:
-        """The frames of `figures`, side by side where there is room."""
-        return f'<div class="figures">{"".join(map(self._frame, figures))}</div>\n' if figures else ""
+        """The frames of `figures`, side by side where there is room; of many, all but the first start folded."""
+        frames = [self._frame(figure) for figure in figures]
+        first, rest = frames[:_SHOWN], frames[_SHOWN:]
+        more = f"<details><summary>{len(rest)} more figures</summary>\n{_side_by_side(rest)}</details>\n"
+        return (_side_by_side(first) if first else "") + (more if rest else "")
 
     def _section(self, section: Section) -> str:
         parts = [f'<h2>{text(section.title)}</h2>\n<p class="soft">{text(section.note)}</p>']
@@ -52,9 +56,14 @@ class Pictures:
         )
 
 
+def _side_by_side(frames: Sequence[str]) -> str:
+    return f'<div class="figures">{"".join(frames)}</div>\n'
+
+
 def _bands() -> str:
-    choices = "".join(
-        f"<label><input{attributes({'type': 'radio', 'name': 'band', 'value': value, 'checked': not at})}>{words}</label>"
-        for at, (value, words) in enumerate(_BANDS)
-    )
+    radios = [
+        (attributes({"type": "radio", "name": "band", "value": value, "checked": value == "interval"}), words)
+        for value, words in _BANDS
+    ]
+    choices = "".join(f"<label><input{radio}>{words}</label>" for radio, words in radios)
     return f'<fieldset class="bands"><legend>Band</legend>{choices}</fieldset>'

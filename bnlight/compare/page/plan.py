@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bnlight.compare.axes import shown
@@ -79,7 +79,7 @@ def _against(comparison: Comparison) -> Section:
             place = ", ".join(f"{axes.label(other)} = {value}" for other, value in where.items())
             title = f"{words} against {label}{f', {place}' if place else ''}"
             figures.append(Figure("line", title, {"x": key, "where": where}))
-    figures = [Figure(f.kind, f.title, f.options, wide=len(figures) == 1) for f in figures]
+    figures = [replace(figure, wide=len(figures) == 1) for figure in figures]
     note = "Means over seeds with their 95 % intervals. A point leads to its runs."
     return Section(f"{words} against what was swept", note, [("", figures)])
 
@@ -159,13 +159,12 @@ def _front_title(front: Any, condition: str) -> str:
 def _forests(comparison: Comparison) -> dict[str, list[int]]:
     """The pairs of each condition, by number; where there are many, those with the leader."""
     pairs = comparison.evidence.pairs
-    leaders = {finding.condition: finding.best for finding in comparison.findings}
     forests: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs):
         forests.setdefault(pair.condition, []).append(number)
     for condition, numbers in forests.items():
-        led = [n for n in numbers if leaders.get(condition) in (pairs[n].better, pairs[n].worse)]
-        forests[condition] = numbers if len(numbers) <= _PAIRS else led or numbers[:_PAIRS]
+        led = [number for number in numbers if pairs[number].leading]
+        forests[condition] = numbers if len(numbers) <= _PAIRS else led
     return forests
 
 

@@ -67,6 +67,12 @@ function milliseconds(seconds) {
   return `${value.toFixed(value >= 100 ? 0 : value >= 10 ? 1 : 2)} ${unit}`;
 }
 
+// A number of a run in the unit that its name implies.
+function amount(name, value) {
+  if (name === "peak_memory" && Number.isFinite(value)) return `${(value / 2 ** 20).toFixed(0)} MiB`;
+  return name === "seconds_per_step" ? milliseconds(value) : number(value);
+}
+
 // Six digits without trailing zeros, for settings and ticks.
 const short = value => String(Number(value.toPrecision(6)));
 

@@ -12,8 +12,7 @@ from bnlight.compare.axes import shown
 from bnlight.compare.page import columns as page_columns
 from bnlight.compare.page import data
 from bnlight.compare.page.markup import attributes, cell, grid, items, text
-from bnlight.compare.stats import number
-from bnlight.compare.verdict import metric_words, milliseconds
+from bnlight.compare.verdict import is_tuned, metric_words
 
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
@@ -30,8 +29,8 @@ def head(comparison: Comparison) -> str:
         f'<header><p class="kicker">{name}</p><button type="button" id="theme" hidden></button></header>',
         f"<h1>{text(comparison.verdict)}</h1>",
         f'<p class="soft">{text(table.summary(comparison))}</p>',
-        items(finding.text for finding in comparison.findings) if several else "",
-        f'<div class="soft">{items(comparison.caveats)}</div>',
+        f'<div class="beside">{items(finding.text for finding in comparison.findings)}</div>' if several else "",
+        f'<div class="soft beside">{items(comparison.caveats)}</div>',
         "<noscript><p>Figures, filters and exports need JavaScript; the words and tables do not.</p></noscript>",
     ])  # fmt: skip
 
@@ -66,6 +65,7 @@ def table_of_cells(comparison: Comparison) -> str:
     for index, each in enumerate(cells):
         marks = ["lead"] if table.leads(comparison, each) else []
         marks += ["section"] if index and each.condition != cells[index - 1].condition else []
+        marks += [] if each.chosen else ["tried"]
         marked = attributes({"class": " ".join(marks) or None, "data-cell": index})
         rows.append(f"<tr{marked}>{page_columns.row(comparison, each, described)}</tr>")
     note = "Means over the done runs (n); ± is the half-width of the 95 % interval."
@@ -74,9 +74,13 @@ def table_of_cells(comparison: Comparison) -> str:
             " Steps: the median number of optimizer steps until the validation accuracy is "
             f"{comparison.target:g} or more, and how many of the runs got there."
         )
-    more = '<label class="toggle"><input type="checkbox" id="more"> spread, median and worst seed</label>'
+    toggles = _toggle("more", "Spread, median and worst seed")
+    if is_tuned(cells):
+        note += " * marks the setting chosen for a contender by its validation results."
+        toggles += _toggle("tried", "All settings tried")
     heads = [column.attributes for column in described]
-    return f'<h2>Table</h2>\n<p class="soft">{text(note)} {more}</p>\n{grid("cells", "Table", heads, rows)}'
+    table_ = grid("cells", "Table", heads, rows)
+    return f'<h2>Table</h2>\n<p class="soft">{text(note)}</p>\n<div class="toggles">{toggles}</div>\n{table_}'
 
 
 def broken(comparison: Comparison) -> str:
@@ -117,7 +121,10 @@ def runs(comparison: Comparison) -> str:
         entries.append(cell(text(run["state"]), "bad" if lost else ""))
         entries += [cell(text(values.at[directory, key])) for key in axes.keys]
         entries.append(cell(text(shown(run["seed"])), "number"))
-        entries += [cell(_shown(name, run[name]), "number") for name in names]
+        entries += [
+            cell(page_columns.amount(name, run[name]), "number", **{"data-value": run[name]})
+            for name in names
+        ]
         entries.append(cell(" ".join(_links(path, url))))
         rows.append(
             f"<tr{attributes({'class': 'lost' if lost else None, 'data-run': index})}>{''.join(entries)}</tr>"
@@ -151,6 +158,10 @@ def footer(comparison: Comparison) -> str:
     return f"<footer>{''.join(f'<p>{text(line)}</p>' for line in lines)}</footer>"
 
 
+def _toggle(name: str, words: str) -> str:
+    return f'<label><input type="checkbox" id="{name}">{words}</label>'
+
+
 def _program() -> str:
     try:
         return f"bnlight {version('bnlight')}"
@@ -165,7 +176,3 @@ def _links(path: str | None, url: str | None) -> list[str]:
 
 def _head(name: str) -> str:
     return "time per step" if name == "seconds_per_step" else metric_words(name).replace("validation", "val.")
-
-
-def _shown(name: str, value: Any) -> str:
-    return milliseconds(value) if name == "seconds_per_step" else number(value)
