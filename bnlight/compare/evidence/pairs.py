@@ -130,25 +130,32 @@ def _sign_flips(differences: np.ndarray) -> float:
     return float(test.pvalue)
 
 
-def corrected(pairs: list[Pair]) -> list[Pair]:
-    """The pairs of one family with `p_holm`, whether it tells them apart, and else how many seeds would."""
-    from statsmodels.stats.multitest import multipletests
+def holm(p: Sequence[float]) -> np.ndarray:
+    """Holm's p of one family: the i-th smallest of m, from 0, times m - i, never falling and at most 1; NaN is no test.
 
-    tested = [pair for pair in pairs if math.isfinite(pair.p)]
-    if not tested:
-        return pairs
-    told, adjusted, *_ = multipletests([pair.p for pair in tested], alpha=ALPHA, method="holm")
-    open_ = [pair for pair, apart in zip(tested, told, strict=True) if not apart]
-    needed = iter(
-        more_seeds([pair.effect for pair in open_], [pair.n for pair in open_], ALPHA / max(1, len(open_)))
-    )
-    found = {
-        id(pair): replace(
-            pair, p_holm=float(p), told_apart=bool(apart), more_seeds=None if apart else next(needed)
-        )
-        for pair, p, apart in zip(tested, adjusted, told, strict=True)
-    }
-    return [found.get(id(pair), pair) for pair in pairs]
+    The same as statsmodels' `multipletests(p, method="holm")`, which collects garbage in every call: 0.1 s in a
+    process with a comparison in it.
+    """
+    values = np.asarray(p, dtype=float)
+    order = np.argsort(values)[: int(np.isfinite(values).sum())]  # NaN sorts last
+    result = np.full_like(values, np.nan)
+    result[order] = np.minimum(1.0, np.maximum.accumulate(values[order] * np.arange(len(order), 0, -1)))
+    return result
+
+
+def corrected(pairs: list[Pair]) -> list[Pair]:
+    """The pairs of one family with `p_holm`, whether it tells them apart, and else how many more seeds would."""
+    adjusted = holm([pair.p for pair in pairs])
+    pairs = [
+        replace(pair, p_holm=p, told_apart=p <= ALPHA)
+        for pair, p in zip(pairs, adjusted.tolist(), strict=True)
+    ]
+    level = ALPHA / max(1, int((adjusted > ALPHA).sum()))
+    more = more_seeds([pair.effect for pair in pairs], [pair.n for pair in pairs], level)
+    return [
+        pair if pair.told_apart else replace(pair, more_seeds=seeds)
+        for pair, seeds in zip(pairs, more, strict=True)
+    ]
 
 
 def more_seeds(effects: Sequence[float], seeds: Sequence[int], alpha: float = ALPHA) -> list[int | None]:

@@ -1,0 +1,207 @@
+"""Ranks, stability and fronts: against a published example, by hand, and on job directories."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import friedmanchisquare
+from test_compare_builder import scored, write_job, write_json, write_metrics, write_result, write_sweep
+
+from bnlight.compare import compare
+from bnlight.compare.evidence.pareto import undominated
+from bnlight.compare.evidence.ranking import rank
+
+# Demšar (2006), table 6: ranks of four variants of C4.5 by AUC on 14 data sets.
+DEMSAR = {
+    "C4.5": [4, 1, 4, 4, 4, 1, 3, 2.5, 4, 2.5, 4, 3, 4, 3],
+    "C4.5+m": [3, 2, 1, 1, 2, 2.5, 2, 2.5, 3, 2.5, 2.5, 2, 1, 1],
+    "C4.5+cf": [2, 3, 2, 3, 3, 4, 4, 4, 2, 2.5, 1, 4, 2, 4],
+    "C4.5+m+cf": [1, 4, 3, 2, 1, 2.5, 1, 1, 1, 2.5, 2.5, 1, 3, 2],
+}
+# Demšar (2006), table 5 (a): critical values of the two-tailed Nemenyi test at 0.05.
+NEMENYI = {3: 2.343, 4: 2.569, 5: 2.728, 6: 2.850, 7: 2.949, 8: 3.031, 9: 3.102, 10: 3.164}
+
+
+def test_the_ranking_is_that_of_the_published_example():
+    table = pd.DataFrame(DEMSAR)
+    got = rank(table)
+    assert got.contenders == ["C4.5+m+cf", "C4.5+m", "C4.5+cf", "C4.5"]
+    assert [round(value, 3) for value in got.mean_ranks] == [1.964, 2.0, 2.893, 3.143]
+    assert (got.blocks, round(got.critical_difference, 2)) == (14, 1.25)
+    assert got.p == pytest.approx(friedmanchisquare(*table.to_numpy().T).pvalue)
+    assert 0.01 < got.p < 0.05
+    assert got.groups == [tuple(got.contenders)]  # the paper: not powerful enough to tell any of them apart
+
+
+@pytest.mark.parametrize(("k", "q"), NEMENYI.items())
+def test_the_critical_difference_has_the_published_critical_values(k, q):
+    blocks = pd.DataFrame(np.tile(np.arange(k), (20, 1)), columns=[f"n{i}" for i in range(k)])
+    critical = rank(blocks).critical_difference
+    assert critical / math.sqrt(k * (k + 1) / (6 * 20)) == pytest.approx(q, abs=1e-3)
+
+
+@given(st.integers(3, 8), st.integers(2, 40), st.integers(0, 2**32 - 1), st.floats(0, 3))
+def test_groups_are_maximal_and_hold_every_pair_that_is_not_separated(k, n, seed, spread):
+    values = np.random.default_rng(seed).normal(size=(n, k)) + spread * np.arange(k)
+    got = rank(pd.DataFrame(values, columns=[f"n{i}" for i in range(k)]))
+    assert sum(got.mean_ranks) == pytest.approx(k * (k + 1) / 2)
+    assert got.mean_ranks == sorted(got.mean_ranks)
+    ranks = dict(zip(got.contenders, got.mean_ranks, strict=True))
+    for first in got.contenders:
+        for second in got.contenders:
+            together = any({first, second} <= set(group) for group in got.groups)
+            close = abs(ranks[first] - ranks[second]) < got.critical_difference
+            assert first == second or together == (close or got.p > 0.05)
+    assert not any(set(a) < set(b) for a in got.groups for b in got.groups)
+
+
+def test_blocks_are_the_seeds_of_each_condition_that_all_contenders_share(tmp_path):
+    for batch_size in (4, 32):
+        place = {"data.batch_size": batch_size}
+        scored(tmp_path, "batch", [0.90, 0.91, 0.92], settings=place)
+        scored(tmp_path, "group", [0.93, 0.91, 0.94], settings=place)
+        scored(tmp_path, "layer", [0.80, 0.81], settings=place)
+    ranking = compare(tmp_path).evidence.ranking
+    assert ranking.contenders == ["group", "batch", "layer"]
+    assert ranking.mean_ranks == [1.25, 1.75, 3.0]  # one tie in each condition
+    assert ranking.blocks == 4
+
+
+def test_who_diverged_ranks_last_and_who_never_finished_is_named(tmp_path):
+    for norm, results in {"batch": [0.9, 0.9], "group": [0.91, 0.91], "renorm": [0.95]}.items():
+        scored(tmp_path, norm, results)
+    write_job(tmp_path, norm="renorm", seed=1, state="diverged")
+    write_job(tmp_path, norm="tanh", state="failed")
+    evidence = compare(tmp_path).evidence
+    assert dict(zip(evidence.ranking.contenders, evidence.ranking.mean_ranks, strict=True)) == {
+        "group": 1.5, "renorm": 2.0, "batch": 2.5,
+    }  # fmt: skip
+    assert "The ranking leaves out tanh: no run finished." in evidence.notes
+
+
+@pytest.mark.parametrize(
+    ("norms", "seeds", "why"),
+    [(("batch", "group"), (0, 1, 2), "at least 3 contenders with results; there are 2"),
+     (("batch", "group", "layer"), (0,), "at least 2 seeds or conditions that all contenders share; there is 1")],
+)  # fmt: skip
+def test_without_enough_to_rank_the_reason_is_given(tmp_path, norms, seeds, why):
+    write_sweep(tmp_path, norms, seeds)
+    evidence = compare(tmp_path).evidence
+    assert evidence.ranking is None
+    assert any(why in note for note in evidence.notes)
+
+
+def test_the_notes_say_how_the_tests_were_made_and_that_few_seeds_are_few(tmp_path):
+    write_sweep(tmp_path / "three", ("batch", "group"), (0, 1, 2))
+    write_sweep(tmp_path / "six", ("batch", "group"), range(6))
+    three, six = (compare(tmp_path / name).evidence.notes for name in ("three", "six"))
+    assert any("Holm over all pairs of one condition" in note for note in three)
+    assert any("fewer than 5 common seeds" in note for note in three)
+    assert not any("fewer than 5 common seeds" in note for note in six)
+
+
+def learning_rates(root, norm, results):
+    for lr, accuracies in results.items():
+        for seed, accuracy in enumerate(accuracies):
+            state = "done" if accuracy is not None else "diverged"
+            job = write_job(root, norm=norm, seed=seed, state=state, settings={"optimizer.lr": lr})
+            rows = [
+                {"attempt": 1, "step": 10 * (seed + 1), "epoch": 0, "time": 0, "train/seconds_per_step": 0.5}
+            ]
+            write_metrics(
+                job, [rows[0] | {"val/accuracy": accuracy or 0.1, "val/loss": 0.5, "train/loss": 0.2}]
+            )
+            if accuracy is not None:
+                write_result(job, {"test/accuracy": accuracy})
+
+
+def test_the_largest_stable_rate_neither_diverges_nor_forgets_to_learn(tmp_path):
+    learning_rates(tmp_path, "batch", {0.1: [0.9, 0.92], 0.4: [0.8, 0.5], 1.6: [0.1, 0.1]})
+    learning_rates(tmp_path, "renorm", {0.1: [0.93, 0.95], 0.4: [0.94, None], 1.6: [0.9, 0.9]})
+    learning_rates(tmp_path, "none", {0.1: [None, None], 0.4: [None, None], 1.6: [None, None]})
+    batch, renorm, none = sorted(
+        compare(tmp_path).evidence.stability, key=lambda s: ["batch", "renorm", "none"].index(s.contender)
+    )
+    assert (batch.largest_stable_lr, batch.largest_lr) == (0.4, 1.6)
+    assert (renorm.largest_stable_lr, renorm.largest_lr) == (1.6, 1.6)
+    assert none.largest_stable_lr is None
+    assert (batch.runs, batch.diverged, batch.divergence_rate) == (6, 0, 0.0)
+    assert (renorm.diverged, renorm.divergence_rate) == (1, pytest.approx(1 / 6))
+    assert (none.diverged, none.divergence_rate, none.reached) == (6, 1.0, 0)
+
+
+def test_time_to_the_target_counts_a_diverged_seed_as_never(tmp_path):
+    learning_rates(tmp_path, "batch", {0.1: [0.95, 0.95, 0.95]})
+    learning_rates(tmp_path, "renorm", {0.1: [0.95, None, 0.95, None]})
+    stability = {s.contender: s for s in compare(tmp_path).evidence.stability}
+    batch, renorm = stability["batch"], stability["renorm"]
+    assert (batch.steps, batch.seconds, batch.reached, batch.ended) == (20, 10.0, 3, 3)
+    assert (renorm.steps, renorm.seconds, renorm.reached, renorm.ended) == (None, None, 2, 4)
+
+
+def test_crashes_and_copies_are_no_divergence(tmp_path):
+    scored(tmp_path, "batch", [0.9, 0.92])
+    write_job(tmp_path, norm="batch", seed=2, state="failed")
+    (stability,) = compare(tmp_path).evidence.stability
+    assert (stability.runs, stability.failed, stability.diverged, stability.divergence_rate) == (3, 1, 0, 0.0)
+
+
+def test_gap_and_roughness_are_over_all_runs_of_a_contender(tmp_path):
+    write_sweep(tmp_path, ("batch",), (0, 1, 2))
+    comparison = compare(tmp_path)
+    (stability,) = comparison.evidence.stability
+    assert stability.gap.n == stability.roughness.n == 3
+    assert stability.gap.mean == pytest.approx(statistics.fmean(comparison.runs["train_eval_gap"]))
+    assert stability.norm_gap.n == 0
+
+
+points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
+
+
+@given(points)
+def test_a_point_is_on_the_front_if_and_only_if_no_other_dominates_it(drawn):
+    loss, cost = (np.array(column, dtype=float) for column in zip(*drawn, strict=True))
+    on_front = undominated(loss, cost)
+    assert on_front.any()
+    for (x, y), kept in zip(drawn, on_front, strict=True):
+        dominated = any(a <= x and b <= y and (a, b) != (x, y) for a, b in drawn)
+        assert kept == (not dominated)
+
+
+def test_fronts_are_within_a_condition_for_each_cost_that_was_measured(tmp_path):
+    costs = {"batch": (0.95, 10.0, 900), "group": (0.94, 20.0, 800), "layer": (0.90, 30.0, 950)}
+    for batch_size in (4, 32):
+        for norm, (accuracy, seconds, memory) in costs.items():
+            job = write_job(tmp_path, norm=norm, settings={"data.batch_size": batch_size})
+            write_result(job, {"test/accuracy": accuracy, "test/loss": accuracy}, seconds=seconds)
+            result = json.loads((job / "result.json").read_text()) | (
+                {"peak_memory": memory} if batch_size == 4 else {}
+            )
+            write_json(job / "result.json", result)
+    fronts = {front.cost: front for front in compare(tmp_path).evidence.fronts}
+    assert set(fronts) == {"seconds_per_step", "seconds", "peak_memory"}
+    assert len(fronts["seconds_per_step"].points) == 6
+    seconds, memory = fronts["seconds"].points, fronts["peak_memory"].points
+    assert seconds[seconds["on_front"]]["contender"].tolist() == ["batch", "batch"]
+    assert memory["condition"].unique().tolist() == ["batch size = 4"]
+    assert memory[memory["on_front"]]["contender"].tolist() == ["batch", "group"]
+    lower = {front.cost: front for front in compare(tmp_path, metric="test/loss").evidence.fronts}[
+        "peak_memory"
+    ]
+    assert lower.quality == "test/loss"
+    assert set(lower.points[lower.points["on_front"]]["contender"]) == {"group", "layer"}
+
+
+def test_the_tests_are_imported_only_when_they_are_made():
+    code = (
+        "import sys, bnlight.compare; print([m for m in ('statsmodels', 'scipy.stats') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
