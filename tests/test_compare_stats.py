@@ -6,11 +6,14 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from scipy import stats
 from test_compare_builder import scored, write_job, write_json, write_metrics, write_result, write_sweep
 
 from bnlight.compare import compare, estimate
+from bnlight.compare.stats import estimates
 
 T_975 = {
     1: 12.7062047364,
@@ -38,6 +41,39 @@ def test_one_value_has_no_interval_and_none_has_nothing():
     assert (one.n, one.mean, one.half_width, str(one)) == (1, 0.5, None, "0.5000")
     assert (none.n, none.half_width, str(none)) == (0, None, "-")
     assert math.isnan(one.std)
+
+
+def test_median_and_worst_are_those_of_the_values():
+    values = [0.3, 0.9, 0.5, 0.8]
+    assert (estimate(values).median, estimate(values).worst) == (pytest.approx(0.65), 0.3)
+    assert estimate(values, lower=True).worst == 0.9
+
+
+def test_the_bootstrap_is_scipys_and_does_not_depend_on_the_company():
+    rng = np.random.default_rng(1)
+    samples = [rng.normal(size=size) for size in (5, 2, 5, 9, 5)]
+    for sample, got in zip(samples, estimates(samples), strict=True):
+        alone = stats.bootstrap(
+            (sample,), np.mean, n_resamples=2000, method="percentile", random_state=np.random.default_rng(0)
+        ).confidence_interval
+        assert got.boot == pytest.approx((alone.low, alone.high), rel=1e-12)
+        assert (got.n, got.mean, got.half_width) == (
+            len(sample),
+            estimate(sample).mean,
+            estimate(sample).half_width,
+        )
+
+
+def test_one_value_has_no_bootstrap_and_equal_values_have_a_point():
+    one, same = estimates([[0.5], [0.5, 0.5, 0.5]])
+    assert one.boot is None
+    assert same.boot == (0.5, 0.5)
+
+
+def test_the_bootstrap_covers_the_mean_about_as_often_as_it_says():
+    samples = np.random.default_rng(2).normal(size=(400, 20))
+    inside = [low <= 0 <= high for low, high in (found.boot for found in estimates(list(samples)))]
+    assert 0.89 <= np.mean(inside) <= 0.96  # of 20 normal values, the percentile interval holds about 93 %
 
 
 def test_missing_values_are_left_out_of_the_mean_and_of_n():
@@ -179,55 +215,62 @@ def test_a_custom_norm_is_called_after_its_class(tmp_path):
     assert {cell.contender for cell in compare(tmp_path).cells} == {"Cosine", "Sine"}
 
 
-def test_each_norm_is_judged_at_the_learning_rate_its_validation_prefers_never_the_test(tmp_path):
-    scored(tmp_path, "batch", [0.80, 0.82], {"optimizer.lr": 0.1}, validation=0.95)
-    scored(tmp_path, "batch", [0.99, 0.99], {"optimizer.lr": 1.0}, validation=0.90)
-    scored(tmp_path, "layer", [0.70, 0.72], {"optimizer.lr": 0.1}, validation=0.50)
-    scored(tmp_path, "layer", [0.90, 0.92], {"optimizer.lr": 0.01}, validation=0.93)
-    comparison = compare(tmp_path)
-    chosen = {cell.contender: cell.settings["optimizer.lr"] for cell in comparison.cells if cell.chosen}
-    assert chosen == {"batch": 0.1, "layer": 0.01}
-    assert comparison.verdict.startswith("layer has the highest mean test accuracy, 0.9100")
-    assert any(
-        "its own best lr (marked *), chosen by best validation accuracy" in c for c in comparison.caveats
-    )
-    assert any("edge of those tried" in c for c in comparison.caveats)
-    assert "*" in str(comparison)
-
-
-def test_a_setting_that_diverged_is_not_the_one_a_norm_is_judged_by(tmp_path):
-    scored(tmp_path, "batch", [0.9, 0.9], {"optimizer.lr": 0.1}, validation=0.9)
-    scored(tmp_path, "batch", [0.99], {"optimizer.lr": 1.0}, validation=0.99)
-    write_job(tmp_path, norm="batch", seed=1, state="diverged", settings={"optimizer.lr": 1.0})
-    scored(tmp_path, "group", [0.8, 0.8])
-    chosen = {c.contender: c.settings["optimizer.lr"] for c in compare(tmp_path).cells if c.chosen}
-    assert chosen["batch"] == 0.1
-
-
 def test_one_learning_rate_for_all_norms_is_pointed_out(tmp_path):
     write_sweep(tmp_path, ("batch", "layer"), (0, 1))
     assert any("share one learning rate (0.1)" in c for c in compare(tmp_path).caveats)
 
 
-def test_overlapping_intervals_are_not_a_win(tmp_path):
+def test_what_paired_tests_cannot_tell_apart_is_not_a_win(tmp_path):
     scored(tmp_path, "batch", [0.90, 0.94, 0.92])
-    scored(tmp_path, "renorm", [0.91, 0.95, 0.93])
+    scored(tmp_path, "renorm", [0.93, 0.93, 0.93])
     scored(tmp_path, "none", [0.50, 0.50, 0.51])
     comparison = compare(tmp_path)
+    pairs = {frozenset((pair.better, pair.worse)): pair for pair in comparison.evidence.pairs}
+    test = stats.ttest_rel([0.93, 0.93, 0.93], [0.90, 0.94, 0.92])
+    low, high = test.confidence_interval(0.95)
+    # Holm over the three pairs: this p is the largest, so it stays as it is.
+    assert pairs[frozenset(("renorm", "batch"))].p_holm == pytest.approx(test.pvalue)
+    more = pairs[frozenset(("renorm", "batch"))].more_seeds
     assert comparison.verdict == (
-        "renorm has the highest mean test accuracy, 0.9300 ± 0.0497 (n = 3 seeds), but these seeds cannot "
-        "tell it apart from batch (0.9200 ± 0.0497): the 95 % intervals overlap. The "
-        "other one lies clearly lower."
+        "With these 3 seeds, renorm has the highest mean test accuracy, 0.9300 ± 0.0000, but cannot be told apart from "
+        f"batch (difference 0.0100, 95 % interval {low:.4f} to {high:.4f}, p = {test.pvalue:.2g} after Holm; about "
+        f"{more} more seeds would be needed). It is better than none. All at shared settings."
     )
     assert not comparison.findings[0].clear
 
 
-def test_separate_intervals_are_a_clear_lead(tmp_path):
-    scored(tmp_path, "batch", [0.900, 0.901, 0.902])
-    scored(tmp_path, "renorm", [0.950, 0.951, 0.952])
+def test_a_paired_difference_is_a_clear_lead(tmp_path):
+    batch, renorm = [0.900, 0.901, 0.903], [0.950, 0.952, 0.951]
+    scored(tmp_path, "batch", batch)
+    scored(tmp_path, "renorm", renorm)
     comparison = compare(tmp_path)
+    test = stats.ttest_rel(renorm, batch)
+    low, high = test.confidence_interval(0.95)
     assert comparison.findings[0].clear
-    assert "overlaps with no other, the nearest being batch (0.9010 ± 0.0025)" in comparison.verdict
+    assert comparison.verdict == (
+        "With these 3 seeds, renorm is better than batch: test accuracy 0.9510 ± 0.0025 (difference 0.0497, 95 % "
+        f"interval {low:.4f} to {high:.4f}, p = {test.pvalue:.2g} after Holm). All at shared settings."
+    )
+
+
+def test_overlapping_means_with_a_steady_difference_are_told_apart(tmp_path):
+    batch = [0.90, 0.92, 0.94, 0.96, 0.98]
+    scored(tmp_path, "batch", batch)
+    scored(tmp_path, "renorm", [value + 0.01 + 0.0001 * seed for seed, value in enumerate(batch)])
+    comparison = compare(tmp_path)
+    renorm, other = comparison.cells
+    assert renorm.metric.low < other.metric.high
+    assert comparison.findings[0].clear
+
+
+def test_a_contender_that_lost_runs_says_so_in_the_verdict(tmp_path):
+    scored(tmp_path, "batch", [0.900, 0.901, 0.903])
+    scored(tmp_path, "renorm", [0.950, 0.952, 0.951])
+    write_job(tmp_path, norm="renorm", seed=3, state="diverged")
+    write_job(tmp_path, norm="tanh", seed=0, state="failed")
+    verdict = compare(tmp_path).verdict
+    assert "renorm (1 diverged) is better than batch" in verdict
+    assert "tanh (1 failed) has no result." in verdict
 
 
 def test_one_seed_is_said_to_prove_nothing(tmp_path):
@@ -242,25 +285,26 @@ def test_one_seed_is_said_to_prove_nothing(tmp_path):
 def test_a_rival_with_one_seed_cannot_be_beaten_clearly(tmp_path):
     scored(tmp_path, "renorm", [0.950, 0.951, 0.952])
     scored(tmp_path, "batch", [0.5])
-    assert "with one seed, are missing" in compare(tmp_path).verdict
+    assert "cannot be told apart from batch (only 1 seed in common)" in compare(tmp_path).verdict
 
 
 def test_lower_is_better_for_a_loss(tmp_path):
     scored(tmp_path, "batch", [0.900, 0.901, 0.902])
     scored(tmp_path, "renorm", [0.950, 0.951, 0.952])
     comparison = compare(tmp_path, metric="test/loss")
-    assert comparison.verdict.startswith("renorm has the lowest mean test loss, 0.0490")
+    assert "renorm has the lowest mean test loss, 0.0490" in comparison.verdict
+    assert [cell.metric.worst for cell in comparison.cells] == pytest.approx([0.05, 0.1])
 
 
 def test_the_verdict_over_batch_sizes_names_the_winner_of_each(tmp_path):
     for batch_size, batch, group in ((2, 0.5, 0.9), (8, 0.7, 0.9), (32, 0.95, 0.9)):
         for norm, mean in (("batch", batch), ("group", group)):
-            values = [mean, mean + 0.001, mean + 0.002]
+            values = [mean, mean + 0.001, mean + (0.002 if norm == "batch" else 0.003)]
             scored(tmp_path, norm, values, settings={"data.batch_size": batch_size})
     comparison = compare(tmp_path)
     assert comparison.verdict == (
         "No single winner over batch size: group has the highest mean test accuracy at 2 and 8, batch at 32; "
-        "the 95 % intervals separate the best from the rest everywhere."
+        "these seeds tell the best from all others everywhere. All at shared settings."
     )
 
 
@@ -293,6 +337,6 @@ def test_different_seeds_hardware_and_versions_are_pointed_out(tmp_path):
     result = json.loads((first / "result.json").read_text())
     write_json(first / "result.json", result | {"hardware": {"gpu": "H200"}, "versions": {"torch": "2.6"}})
     text = " ".join(compare(tmp_path).caveats)
-    assert "same seeds" in text
+    assert "same seeds: most on 0, 1, renorm on 0, 1, 2." in text
     assert "2 kinds of hardware" in text
     assert "2 sets of software versions" in text

@@ -120,6 +120,9 @@ def _difference(pair: Pair, here: Cell, there: Cell, lower: bool) -> Difference:
 
 def _text(one: Difference) -> str:
     what = _named(one.condition, one.contender)
+    missing = [side for side, value in (("here", one.here), ("there", one.there)) if not value.n]
+    if missing:
+        return f"{what}: no result {' nor '.join(missing)}."
     values = f"{one.here} here, {one.there} there"
     if one.n < 2:
         seeds = "one seed" if one.n else "no seed"
@@ -135,21 +138,18 @@ def _text(one: Difference) -> str:
 def _verdict(differences: Sequence[Difference], name: str, metric: str) -> str:
     if not differences:
         return f"Nothing is in both: no contender of {name} is here under the same condition."
-    apart = [one for one in differences if one.told_apart]
+    paired_up = [one for one in differences if one.n > 1]
+    apart = [one for one in paired_up if one.told_apart]
     better = sum(one.better for one in apart)
-    counts = [
-        f"{count} {what}"
-        for count, what in (
-            (better, "better here"),
-            (len(apart) - better, "worse here"),
-            (len(differences) - len(apart), "not told apart"),
-        )
-        if count
-    ]
-    kinds = "contender is" if len(differences) == 1 else "contenders and conditions are"
-    return (
-        f"Against {name}, {len(differences)} {kinds} in both by {metric_words(metric)}: {', '.join(counts)}."
-    )
+    counts = {
+        "better here": better,
+        "worse here": len(apart) - better,
+        "not told apart": len(paired_up) - len(apart),
+        "without two common seeds": len(differences) - len(paired_up),
+    }
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    many = f"{len(differences)} contender{'s are' if len(differences) > 1 else ' is'} in both"
+    return f"Against {name} by {metric_words(metric)}, {many}: {said}."
 
 
 def _named(condition: str, contender: str) -> str:

@@ -118,7 +118,7 @@ def assign(
     both = [key for key in by or () if key in (tune or ())]
     if both:
         raise ValueError(
-            f"{', '.join(both)}: asked for in `by` and in `tune`; a tuned setting is chosen, not grouped by"
+            f"{', '.join(both)}: asked for in both by and tune; a tuned setting is chosen, not grouped by"
         )
     every = [*keys, *(key for key in [*(by or ()), *(tune or ())] if key not in keys)]
     natural = [key for key in _CONTENDERS if key in every]

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 from bnlight.compare.axes import Axes, shown, sortable
-from bnlight.compare.cells import common_repeats, contests
-from bnlight.compare.evidence.repeats import by_repeat
 from bnlight.compare.stats import Cell
 from bnlight.compare.verdict import is_tuned, metric_words
 
@@ -42,7 +40,13 @@ def caveats(
             "never by a test result."
         )
         notes.extend([] if axes.searched else _edges(cells, axes))  # of values drawn, one is always outermost
-        notes.extend(_chosen_on(cells, tuned_by, repeats))
+        notes.extend(_chosen_on(cells))
+    done = runs.index[runs["state"] == "done"]
+    drawn = axes.values.reindex(done).assign(drawn=repeats["seed"]).dropna(subset="drawn")
+    if not axes.averaged and drawn.duplicated().any():
+        notes.append(
+            "Some seeds ran more than once at the same settings: their runs are averaged, n counts seeds."
+        )
     return notes + _shared(axes, configs) + _averaged(axes, configs) + _unequal(runs, cells)
 
 
@@ -89,19 +93,16 @@ def _edges(cells: Sequence[Cell], axes: Axes) -> list[str]:
     return notes
 
 
-def _chosen_on(cells: Sequence[Cell], tuned_by: str, repeats: pd.DataFrame) -> list[str]:
+def _chosen_on(cells: Sequence[Cell]) -> list[str]:
     """Contenders whose settings did not finish on the same seeds."""
     notes = []
-    for group in contests(cells):
-        members = [cell for _, cell in group]
-        finished = [by_repeat(cell, tuned_by, repeats) for cell in members if cell.validation.n]
-        shared = common_repeats(members, tuned_by, repeats)
-        if all(len(results) == len(shared) for results in finished):
+    for cell in cells:
+        if cell.chosen_on is None:
             continue
-        where = f" at {members[0].condition}" if members[0].condition else ""
-        seeds = sorted({str(seed) for seed, _ in shared}, key=sortable)
-        how = f"the seeds they share ({_some(seeds)})" if seeds else "different seeds, as they share none"
-        notes.append(f"{members[0].contender}{where}: its settings were compared on {how}.")
+        where = f" at {cell.condition}" if cell.condition else ""
+        seeds = _some(sorted(cell.chosen_on, key=sortable))
+        how = f"the seeds they share ({seeds})" if seeds else "different seeds, as they share none"
+        notes.append(f"{cell.contender}{where}: its settings were compared on {how}.")
     more = [f"... and {len(notes) - 3} more contenders likewise."] if len(notes) > 3 else []
     return notes[:3] + more
 

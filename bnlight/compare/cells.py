@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bnlight.compare.axes import Axes, sortable
+from bnlight.compare.axes import Axes, shown, sortable
 from bnlight.compare.derive import Monitor
-from bnlight.compare.evidence.repeats import by_repeat
 from bnlight.compare.stats import NO_MONITOR, Cell, Estimate, estimates, validation_metric
 
 
@@ -41,10 +39,8 @@ def make_cells(
         members.setdefault(tuple(sortable(value) for value in row), []).append(position)
     groups = list(members.values())
     names = (metric, validation, "best_val/loss", "seconds_per_step")
-    over_seeds = [
-        _over_seeds(known, groups, name, repeats["seed"] if axes.averaged else None, monitor)
-        for name in names
-    ]
+    drawn = _Repeats(known, repeats, groups)
+    over_seeds = [_over_seeds(known, drawn, name, monitor) for name in names]
     steps = known["steps_to_target"].to_numpy(dtype=float)
     finished = (known["state"] == "done").to_numpy()
     states = known["state"].to_numpy()
@@ -68,8 +64,7 @@ def make_cells(
                 seconds=over_seeds[3][index],
             )
         )
-    best = {_best(group, validation, monitor, repeats) for group in contests(cells)}
-    cells = [replace(cell, chosen=index in best) for index, cell in enumerate(cells)]
+    cells = _choose(cells, known, drawn, validation, monitor)
     return sorted(cells, key=lambda cell: _order(cell, axes, metric, monitor))
 
 
@@ -83,59 +78,77 @@ def _lost(states: np.ndarray) -> dict[str, int]:
     return {str(name): int(count) for name, count in pairs if name not in ("done", "duplicate")}
 
 
-def _over_seeds(
-    runs: pd.DataFrame,
-    groups: Sequence[list[int]],
-    name: str | None,
-    within: pd.Series | None,
-    monitor: Monitor,
-) -> list[Estimate]:
-    """The estimate of each group's done runs; the runs of one seed are averaged first if seeds are given."""
+class _Repeats:
+    """Which cell, seed and repeat (a seed at one setting of what is averaged over) each run belongs to."""
+
+    def __init__(self, runs: pd.DataFrame, repeats: pd.DataFrame, groups: Sequence[list[int]]) -> None:
+        known = repeats.reindex(runs.index)
+        own = known["seed"].where(known["seed"].notna(), runs.index)  # without a seed, a repeat of its own
+        self.seed = pd.factorize(own)[0]
+        self.names = dict(zip(self.seed.tolist(), runs["seed"].map(shown), strict=True))
+        setting, settings = pd.factorize(known["setting"])
+        self.settings = len(settings) + 1
+        self.repeat = self.seed * self.settings + setting + 1
+        self.cell = np.empty(len(runs), dtype=np.int64)
+        for index, positions in enumerate(groups):
+            self.cell[positions] = index
+        self.done = (runs["state"] == "done").to_numpy()
+        self.cells = len(groups)
+
+    def means(self, runs: pd.DataFrame, name: str, columns: np.ndarray) -> np.ndarray:
+        """The mean of the finite results of done runs, by cell and by `columns` (`seed` or `repeat`); else NaN."""
+        values = runs[name].to_numpy(dtype=float)
+        used = self.done & np.isfinite(values)
+        shape = (self.cells, int(columns.max(initial=-1)) + 1)
+        sums, counts = np.zeros(shape), np.zeros(shape)
+        np.add.at(sums, (self.cell[used], columns[used]), values[used])
+        np.add.at(counts, (self.cell[used], columns[used]), 1)
+        means: np.ndarray = np.divide(sums, counts, out=np.full(shape, np.nan), where=counts > 0)
+        return means
+
+    def seeds(self, repeats: np.ndarray) -> tuple[str, ...]:
+        """The names of the seeds of some repeats, given as a mask."""
+        codes = np.flatnonzero(repeats) // self.settings
+        return tuple(dict.fromkeys(self.names[code] for code in codes.tolist()))
+
+
+def _over_seeds(runs: pd.DataFrame, drawn: _Repeats, name: str | None, monitor: Monitor) -> list[Estimate]:
+    """The estimate of each cell over its seeds."""
     if name is None or name not in runs:
-        return estimates([[] for _ in groups])
-    values = runs[name].where(runs["state"] == "done").to_numpy(dtype=float)
-    samples: list[Any] = [values[positions] for positions in groups]
-    if within is not None:
-        seeds = within.reindex(runs.index).to_numpy()
-        samples = [
-            pd.Series(sample).groupby(seeds[positions]).mean().to_numpy()
-            for sample, positions in zip(samples, groups, strict=True)
-        ]
-    return estimates(samples, monitor.lower(name))
+        return estimates([[]] * drawn.cells)
+    return estimates(list(drawn.means(runs, name, drawn.seed)), monitor.lower(name))
 
 
-def contests(cells: Sequence[Cell]) -> list[list[tuple[int, Cell]]]:
-    """The cells of one contender under one condition, with their index: they differ in tuned settings only."""
-    groups: dict[tuple[str, str], list[tuple[int, Cell]]] = {}
+def _choose(
+    cells: Sequence[Cell], runs: pd.DataFrame, drawn: _Repeats, validation: str | None, monitor: Monitor
+) -> list[Cell]:
+    """Mark the best setting of each contender under each condition, and the seeds that the choice rests on."""
+    contests: dict[tuple[str, str], list[int]] = {}
     for index, cell in enumerate(cells):
-        groups.setdefault((cell.condition, cell.contender), []).append((index, cell))
-    return list(groups.values())
+        contests.setdefault((cell.condition, cell.contender), []).append(index)
+    results = drawn.means(runs, validation, drawn.repeat) if validation else np.full((len(cells), 1), np.nan)
+    lower = validation is not None and monitor.lower(validation)
+    found = list(cells)
+    for members in contests.values():
+        lost = [cells[index].states.get("diverged", 0) for index in members]
+        best, shared = _best(results[members], lost, lower)
+        seeds = None if shared is None else drawn.seeds(shared)
+        found[members[best]] = replace(cells[members[best]], chosen=True, chosen_on=seeds)
+    return found
 
 
-def common_repeats(cells: Sequence[Cell], metric: str, repeats: pd.DataFrame) -> pd.Index:
-    """The repeats (see `repeats_of`) in which every one of the cells that have a result has one."""
-    finished = [by_repeat(cell, metric, repeats).index for cell in cells if cell.validation.n]
-    return functools.reduce(pd.Index.intersection, finished) if finished else pd.Index([])
-
-
-def _best(
-    group: list[tuple[int, Cell]], validation: str | None, monitor: Monitor, repeats: pd.DataFrame
-) -> int:
-    if len(group) == 1 or validation is None:
-        return group[0][0]
-    shared = common_repeats([cell for _, cell in group], validation, repeats)
-
-    def rank(item: tuple[int, Cell]) -> tuple[bool, int, float]:
-        cell = item[1]
-        diverged = cell.states.get("diverged", 0)
-        if not cell.validation.n:
-            return True, diverged, math.inf
-        mean = cell.validation.mean
-        if len(shared):
-            mean = float(by_repeat(cell, validation, repeats).loc[shared].mean())
-        return False, diverged, mean if monitor.lower(validation) else -mean
-
-    return min(group, key=rank)[0]
+def _best(results: np.ndarray, lost: Sequence[int], lower: bool) -> tuple[int, np.ndarray | None]:
+    """The row that wins, and the columns that all rows with a result share; None where they have no others."""
+    finished = np.isfinite(results)
+    settled = finished.any(axis=1)
+    shared = finished[settled].all(axis=0)
+    scores = []
+    for row, has in zip(results, finished, strict=True):
+        used = row[shared] if shared.any() else row[has]
+        mean = used.mean() if has.any() else math.inf
+        scores.append(mean if lower or not has.any() else -mean)
+    best = min(range(len(results)), key=lambda row: (not settled[row], lost[row], scores[row]))
+    return best, shared if (finished[settled] != shared).any() else None
 
 
 def _order(cell: Cell, axes: Axes, metric: str, monitor: Monitor) -> tuple[Any, ...]:

@@ -128,10 +128,12 @@ def decimals(value: float) -> int:
 class Cell:
     """The runs that differ in nothing but the seed (and in what was averaged over, if `by` left it out).
 
-    `states` counts the runs that are not done. `metric` and the other estimates are over the done runs.
+    `states` counts the runs that are not done. `metric` and the other estimates are over the seeds of the done
+    runs, each seed's runs averaged first.
     `steps` is the median over them of the steps to the target, a run that never got there counting as later
     than all others; None if that is the median. `reached` of them got there. `chosen` marks the cell that
-    stands for its contender under its condition.
+    stands for its contender under its condition; `chosen_on` are the seeds that the choice between settings rests on,
+    None if it is all of them.
     """
 
     settings: dict[str, Any]
@@ -146,6 +148,7 @@ class Cell:
     reached: int
     seconds: Estimate
     chosen: bool = False
+    chosen_on: tuple[str, ...] | None = None
 
     @property
     def done(self) -> pd.DataFrame:

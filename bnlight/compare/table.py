@@ -47,10 +47,10 @@ def columns(comparison: Comparison, spread: bool = False) -> list[Column]:
         Column(axes.label(key), [shown(cell.settings[key]) for cell in cells], numeric=False)
         for key in axes.keys
     ]
-    if axes.averaged:
-        result.append(Column("runs", [str(len(cell.done)) for cell in cells]))
-    counts = [cell.metric.n if axes.averaged else len(cell.done) for cell in cells]
-    result.append(Column("n", [str(count) for count in counts]))
+    runs = [len(cell.done) for cell in cells]
+    if runs != [cell.metric.n for cell in cells]:  # some without the metric, or several of one seed
+        result.append(Column("runs", [str(count) for count in runs]))
+    result.append(Column("n", [str(cell.metric.n) for cell in cells]))
     lost = [describe_states(cell.states) for cell in cells]
     if any(lost):
         result.append(Column("not done", lost, numeric=False))
@@ -151,6 +151,8 @@ def render(comparison: Comparison, console: Console) -> None:
 
     say(f"{sweep_name(comparison)}: {summary(comparison)}")
     console.print()
+    if comparison.terms:
+        say(comparison.terms, style="italic")
     console.print(grid, width=width)
     console.print()
     say(comparison.verdict, style="bold")
@@ -169,7 +171,6 @@ def render(comparison: Comparison, console: Console) -> None:
 
 def _grid(comparison: Comparison) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    grid.title, grid.title_justify, grid.title_style = comparison.terms or None, "left", "italic"
     described = columns(comparison)
     for column in described:
         longest = max(len(word) for value in column.values for word in value.split(", "))

@@ -101,17 +101,18 @@ def _finding(
     if not ranked:
         return Finding(condition, None, False, f"No run has finished with a {words}{at} yet.")
     best, others = ranked[0], ranked[1:]
-    value = f"{best.metric} (n = {best.metric.n} seed{'s' if best.metric.n > 1 else ''})"
+    n = f"n = {best.metric.n} seed{'s' if best.metric.n > 1 else ''}"
     if not others:
-        text = f"{_name(best)} has a mean {words} of {value}{at}; there is nothing to compare it with."
+        text = f"{_name(best)} has a mean {words} of {best.metric} ({n}){at}; there is nothing to compare it with."
         return Finding(condition, best.contender, False, text + without)
     met = _of(best, pairs)
+    met = {cell.contender: met[cell.contender] for cell in others if cell.contender in met}
     close = [cell for cell in others if not _beats(best, met.get(cell.contender))]
     if best.metric.n == 1:
-        lead = f"{_name(best)} has the {_superlative(lower)} {words}{at}, {value}"
+        lead = f"{_name(best)} has the {_superlative(lower)} {words}{at}, {best.metric} ({n})"
         text = f"{lead}, but one seed gives no interval, so the lead may be chance: run more seeds."
     elif close:
-        lead = f"{_with(met)}, {_name(best)} has the {_superlative(lower)} mean {words}{at}, {value}"
+        lead = f"{_with(met)}, {_name(best)} has the {_superlative(lower)} mean {words}{at}, {best.metric}"
         nearest = met.get(close[0].contender)
         first = f"{_name(close[0])} ({_evidence(nearest, best)})" if nearest else _name(close[0])
         text = f"{lead}, but cannot be told apart from {_list([first, *map(_name, close[1:])])}."
@@ -149,7 +150,8 @@ def _evidence(pair: Pair, best: Cell) -> str:
     digits = decimals(best.metric.mean)
     ahead = f"{pair.better} ahead on the common seeds: " if pair.better != best.contender else ""
     interval = f"95 % interval {pair.low:.{digits}f} to {pair.high:.{digits}f}"
-    numbers = f"{ahead}difference {pair.difference:.{digits}f}, {interval}"
+    spread = "the same on every seed" if pair.low == pair.high else interval
+    numbers = f"{ahead}difference {pair.difference:.{digits}f}, {spread}"
     if not pair.told_apart and pair.more_seeds:
         plural = "s" if pair.more_seeds > 1 else ""
         return f"{numbers}, {p_words(pair.p_holm)}; about {pair.more_seeds} more seed{plural} would be needed"
