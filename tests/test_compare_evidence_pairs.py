@@ -219,6 +219,18 @@ def test_what_is_averaged_over_is_paired_before_it_is_averaged(tmp_path):
     assert pair.difference == pytest.approx(0.01)
 
 
+def test_runs_without_a_seed_and_sweeps_without_a_result_have_pairs_of_no_seed(tmp_path):
+    for norm in ("batch", "group"):
+        for repeat in (0, 1):
+            result = {"test/accuracy": 0.9 + repeat / 100}
+            write_job(tmp_path / "unseeded", norm=norm, seed=None, settings={"title": repeat}, result=result)
+        write_job(tmp_path / "failed", norm=norm, state="failed")
+    for name in ("unseeded", "failed"):
+        for pair in pairs_of(tmp_path / name):
+            assert pair.n == 0
+            assert "no finished seed in common" in pair.text
+
+
 def test_a_small_p_is_not_shown_as_zero():
     assert p_words(1e-9) == "p < 0.0001 after Holm"
     assert p_words(0.0444) == "p = 0.044 after Holm"

@@ -12,7 +12,7 @@ from bnlight.compare.derive import Monitor
 from bnlight.compare.evidence.pairs import FAMILY, FEW, FEW_SEEDS, Pair, find_pairs
 from bnlight.compare.evidence.pareto import Front, find_fronts
 from bnlight.compare.evidence.ranking import Ranking, find_ranking
-from bnlight.compare.evidence.repeats import repeats_of
+from bnlight.compare.evidence.repeats import meetings, repeats_of
 from bnlight.compare.evidence.stability import Stability, find_stability
 from bnlight.compare.stats import Cell
 
@@ -46,8 +46,9 @@ def gather(
     """The evidence on `metric` in the cells of `make_cells`, whose runs have the columns that `derive` adds."""
     lower = monitor.lower(metric)
     repeats = repeats_of(configs, axes)
-    pairs = find_pairs(cells, metric, lower, repeats)
-    ranking, remark = find_ranking(cells, metric, lower, repeats)
+    met = meetings(cells, metric, lower, repeats)
+    pairs = [pair for meeting in met for pair in find_pairs(meeting)]
+    ranking, remark = find_ranking(met, repeats)
     notes = [FAMILY] if any(pair.n > 1 for pair in pairs) else []
     notes += [FEW_SEEDS] if any(1 < pair.n < FEW for pair in pairs) else []
     notes += [remark] if remark else []

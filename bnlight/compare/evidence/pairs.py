@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from bnlight.compare.evidence.repeats import by_repeat, conditions
+from bnlight.compare.evidence.repeats import Meeting
 from bnlight.compare.stats import Cell, number
 
 ALPHA = 0.05
@@ -66,25 +66,27 @@ class Pair:
     leading: bool = False
 
 
-def find_pairs(cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFrame) -> list[Pair]:
-    """All pairs of contenders under each condition, those of the best one first."""
-    return [pair for chosen in conditions(cells).values() for pair in _family(chosen, metric, lower, repeats)]
-
-
-def _family(cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFrame) -> list[Pair]:
-    """The pairs of one condition, whose p values are corrected together."""
-    results = [by_repeat(cell, metric, repeats) * (-1 if lower else 1) for cell in cells]
+def find_pairs(meeting: Meeting) -> list[Pair]:
+    """All pairs of the contenders under one condition, those of the best one first, corrected together."""
+    gains, cells = meeting.gains.to_numpy(), meeting.cells
+    seeds = pd.factorize(meeting.gains.index.get_level_values("seed"))[0]
     pairs = []
     for first, second in combinations(range(len(cells)), 2):
-        both = (results[first] - results[second]).dropna()
-        differences = both.groupby(level="seed").mean().to_numpy()
-        better, worse = cells[first], cells[second]
+        differences = _mean_by(seeds, gains[:, first] - gains[:, second])
+        better, worse = cells[first].contender, cells[second].contender
         if len(differences) and differences.mean() < 0:
             better, worse, differences = worse, better, -differences
-        pair = paired(better.condition, better.contender, worse.contender, differences)
-        pairs.append(replace(pair, leading=first == 0))
+        pairs.append(replace(paired(meeting.condition, better, worse, differences), leading=first == 0))
     lost = {cell.contender: text for cell in cells if (text := _lost(cell))}
     return [replace(pair, text=_text(pair, lost)) for pair in corrected(pairs)]
+
+
+def _mean_by(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The mean of each group's values, of those that are not NaN; a group with none is left out."""
+    known = ~np.isnan(values)
+    count = np.bincount(groups[known])
+    total = np.bincount(groups[known], values[known])
+    return np.asarray(total[count > 0] / count[count > 0])
 
 
 def paired(condition: str, better: str, worse: str, differences: np.ndarray) -> Pair:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from bnlight.compare.evidence.repeats import by_repeat, conditions
-from bnlight.compare.stats import Cell
+from bnlight.compare.evidence.repeats import Meeting
 
 ALPHA = 0.05
 
@@ -36,11 +35,9 @@ class Ranking:
     groups: list[tuple[str, ...]]
 
 
-def find_ranking(
-    cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFrame
-) -> tuple[Ranking | None, str]:
+def find_ranking(meetings: Sequence[Meeting], repeats: pd.DataFrame) -> tuple[Ranking | None, str]:
     """The ranking, and what has to be said of it: why there is none, or whom it leaves out."""
-    table = losses(cells, metric, lower, repeats)
+    table = losses(meetings, repeats)
     never = [str(name) for name in table if not np.isfinite(table[name]).any()]
     blocks = table.drop(columns=never).dropna()
     left_out = f"The ranking leaves out {', '.join(never)}: no run finished." if never else ""
@@ -52,19 +49,19 @@ def find_ranking(
     return rank(blocks), left_out
 
 
-def losses(cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFrame) -> pd.DataFrame:
+def losses(meetings: Sequence[Meeting], repeats: pd.DataFrame) -> pd.DataFrame:
     """One row per block, one column per contender, less is better; infinite where a run diverged."""
     columns: dict[str, dict[tuple[str, ...], float]] = {}
-    for condition, chosen in conditions(cells).items():
-        for cell in chosen:
+    for meeting in meetings:
+        for index, cell in enumerate(meeting.cells):
             diverged = repeats[repeats.index.isin(cell.runs.index[cell.runs["state"] == "diverged"])]
-            results = by_repeat(cell, metric, repeats) * (1 if lower else -1)
+            gains = meeting.gains[index].dropna()
             column = columns.setdefault(cell.contender, {})
             column |= {
-                (condition, *repeat): math.inf for repeat in diverged.itertuples(index=False, name=None)
+                (meeting.condition, *key): math.inf for key in diverged.itertuples(index=False, name=None)
             }
             column |= {
-                (condition, *key): value for key, value in zip(list(results.index), results, strict=True)
+                (meeting.condition, *key): -gain for key, gain in zip(list(gains.index), gains, strict=True)
             }
     return pd.DataFrame({name: pd.Series(column, dtype=float) for name, column in columns.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -26,12 +27,6 @@ def seeds_of(configs: pd.DataFrame) -> pd.Series:
     return _words(known[["seed", *others]])
 
 
-def by_seed(cell: Cell, metric: str, seeds: pd.Series) -> pd.Series:
-    """The finite results of the cell's done runs, one per seed; the mean where a seed ran more than once."""
-    values = _results(cell, metric)
-    return values.groupby(seeds.reindex(values.index)).mean()
-
-
 def repeats_of(configs: pd.DataFrame, axes: Axes) -> pd.DataFrame:
     """Of each job with a seed: its `seed`, and in words its `setting` of the keys that are averaged over."""
     seeds = seeds_of(configs)
@@ -39,15 +34,12 @@ def repeats_of(configs: pd.DataFrame, axes: Axes) -> pd.DataFrame:
 
 
 def by_repeat(cell: Cell, metric: str, repeats: pd.DataFrame) -> pd.Series:
-    """As `by_seed`, but what is averaged over is kept apart: indexed by seed and setting."""
-    values = _results(cell, metric)
+    """The finite results of the cell's done runs by seed and setting; the mean where one ran more than once."""
+    done = cell.runs["state"] == "done"
+    values = cell.runs.reindex(columns=[metric])[metric][done].astype(float)
+    values = values[np.isfinite(values)]
     both = repeats.reindex(values.index)
     return values.groupby([both["seed"], both["setting"]]).mean()
-
-
-def _results(cell: Cell, metric: str) -> pd.Series:
-    values = cell.done.reindex(columns=[metric])[metric].astype(float)
-    return values[np.isfinite(values)]
 
 
 def _words(table: pd.DataFrame) -> pd.Series:
@@ -55,10 +47,30 @@ def _words(table: pd.DataFrame) -> pd.Series:
     return pd.Series([", ".join(map(shown, row)) for row in rows], table.index, dtype=object)
 
 
-def conditions(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """The chosen cells under each condition, both in the order of the table."""
+@dataclass(frozen=True)
+class Meeting:
+    """The chosen cells of one condition, in the order of the table, and their results where they meet.
+
+    `gains` has a row per seed and setting and a column per cell; more is better.
+    """
+
+    condition: str
+    cells: list[Cell]
+    gains: pd.DataFrame
+
+
+def meetings(cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFrame) -> list[Meeting]:
+    """One meeting per condition; `lower`: less of `metric` is better."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell.chosen:
             groups.setdefault(cell.condition, []).append(cell)
-    return groups
+    sign = -1 if lower else 1
+    return [
+        Meeting(
+            condition,
+            group,
+            pd.DataFrame({i: sign * by_repeat(c, metric, repeats) for i, c in enumerate(group)}),
+        )
+        for condition, group in groups.items()
+    ]

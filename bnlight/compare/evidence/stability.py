@@ -54,7 +54,8 @@ def find_stability(cells: Sequence[Cell], lower: bool) -> list[Stability]:
 
 
 def _stability(cells: Sequence[Cell], lower: bool) -> Stability:
-    runs = pd.concat([cell.runs for cell in cells])
+    names = ["state", "roughness", "train_eval_gap", "norm_gap"]
+    runs = pd.concat([cell.runs.reindex(columns=names) for cell in cells])
     runs = runs[runs["state"] != "duplicate"]
     states = runs["state"].value_counts()
     done, diverged = int(states.get("done", 0)), int(states.get("diverged", 0))
@@ -66,13 +67,13 @@ def _stability(cells: Sequence[Cell], lower: bool) -> Stability:
         runs=len(runs),
         diverged=diverged,
         failed=int(states.get("failed", 0)),
-        roughness=estimate(runs.get("roughness", [])),
-        gap=estimate(runs.get("train_eval_gap", [])),
+        roughness=estimate(runs["roughness"]),
+        gap=estimate(runs["train_eval_gap"]),
         largest_stable_lr=_largest_stable(cells, lower),
-        norm_gap=estimate(runs.get("norm_gap", [])),
+        norm_gap=estimate(runs["norm_gap"]),
         largest_lr=_largest(cells),
-        steps=_median(ended.get("steps_to_target")),
-        seconds=_median(ended.get("seconds_to_target")),
+        steps=_median(ended["steps_to_target"]),
+        seconds=_median(ended["seconds_to_target"]),
         reached=int(ended["steps_to_target"].notna().sum()),
         ended=len(ended),
         divergence_rate=diverged / (done + diverged) if done + diverged else math.nan,
@@ -94,8 +95,6 @@ def _largest_stable(cells: Sequence[Cell], lower: bool) -> float | None:
     return _largest([c for c in finished if "diverged" not in c.states and signed[id(c)] >= worst])
 
 
-def _median(values: pd.Series | None) -> float | None:
-    if values is None or not len(values):
-        return None
+def _median(values: pd.Series) -> float | None:
     median = float(values.fillna(np.inf).median())
     return median if math.isfinite(median) else None
