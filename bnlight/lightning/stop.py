@@ -50,7 +50,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.before: dict[int, Any] = {}
         self.originals: dict[int, Any] = {}
         self._first = 0.0
 
@@ -58,19 +57,18 @@ class StopRequest:
         self.originals = {signum: signal.getsignal(signum) for signum in ASKING}
 
     def listen(self) -> None:
-        if self.before or threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
             return
-        self.before = {signum: signal.getsignal(signum) for signum in ASKING}
         for signum in ASKING:
             left = signum == signal.SIGTERM and foreign(self.originals.get(signum))
             signal.signal(signum, self.originals[signum] if left else self._note)
 
     def release(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for signum, handler in self.before.items():
-                if handler is not None:
-                    signal.signal(signum, handler)
-        self.before = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum, handler in self.originals.items():  # Lightning has given its own back, or is about to
+            if signal.getsignal(signum) == self._note:
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def previous(self, signum: int) -> Any:
         """Another tool's handler of the signal, which wants to hear of it once the checkpoint is written."""
