@@ -1,23 +1,18 @@
 """`bnlight bench fold`: inference of bnlight's networks after `bnlight.fold_norm`, against before."""
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from bnlight.bench.cases import percentiles
+from bnlight.bench.command import Options, Report, positive, table
 from bnlight.bench.measure import hardware, interleaved, keep_freed_memory
-from bnlight.bench.norm import STYLE
 from bnlight.models import CNN, MLP, ResNet
 from bnlight.norm import BatchNorm
 from bnlight.surgery import FoldReport, fold_norm
@@ -88,32 +83,27 @@ def _run(net: nn.Module, x: torch.Tensor) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; argparse prints what is wrong and exits with 2."""
-    parser = argparse.ArgumentParser(prog="bnlight bench fold", description=__doc__)
+    parser = Options("fold", __doc__, rounds=15, what="at most, within the time")
     parser.add_argument(
         "--models", nargs="+", choices=[*MODELS], default=[*MODELS], metavar="NAME", help=", ".join(MODELS)
     )
     parser.add_argument(
         "--norms", nargs="+", choices=[*NORMS], default=[*NORMS], metavar="NAME", help=", ".join(NORMS)
     )
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], metavar="N", help="batch sizes")
-    parser.add_argument("--rounds", type=int, default=15, help="at most, within the time (default: 15)")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default: 1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
-    options = parser.parse_args(arguments)
-    if min([*options.batches, options.rounds, options.threads]) < 1:
-        parser.error("--batches, --rounds and --threads are at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.absolute().parent}")
-    return options
+    parser.add_argument(
+        "--batches",
+        nargs="+",
+        type=positive,
+        default=[1, 32],
+        metavar="N",
+        help="batch sizes (default: 1 32)",
+    )
+    return parser.checked(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark and print its table; returns the exit code."""
     options = parse(arguments)
-    console, begun = Console(), time.perf_counter()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     cases = [(m, n, b) for m in options.models for n in options.norms for b in options.batches]
@@ -125,18 +115,14 @@ def main(arguments: Sequence[str]) -> int:
         "rounds": options.rounds,
         "freed memory kept": device.type != "cpu" or keep_freed_memory(),
     }
-    console.print(
-        ", ".join(f"{key} {value}" for key, value in about.items() if key != "what"), soft_wrap=True
-    )
-    console.print(f"{about['what']}\n", soft_wrap=True)
-    table = Table("network", "norm", **STYLE)
-    for column in ("batch", "ratio", "p10..p90", "before µs", "after µs", "error"):
-        table.add_column(column, justify="right")
+    report = Report(about)
+    columns = ["batch", "ratio", "p10..p90", "before µs", "after µs", "error"]
+    shown = table(["network", "norm"], columns)
     speeds = []
     for model, norm, batch in cases:
         speed = measure(model, norm, batch, device, options.rounds, budget=120.0 / len(cases))
         speeds.append(speed)
-        table.add_row(
+        shown.add_row(
             MODELS[model][0],
             norm,
             str(batch),
@@ -146,12 +132,6 @@ def main(arguments: Sequence[str]) -> int:
             f"{speed.after_us:.0f}",
             f"{speed.error:.0e}",
         )
-    console.print(table)
-    seconds = time.perf_counter() - begun
-    console.print(f"\n{len(cases)} cases in {seconds:.0f} s")
-    if options.json is not None:
-        text = json.dumps(
-            {**about, "seconds": seconds, "cases": [asdict(speed) for speed in speeds]}, indent=1
-        )
-        options.json.write_text(text + "\n", encoding="utf-8")
+    report.table(shown)
+    report.end(f"{len(cases)} cases", options.json, cases=[asdict(speed) for speed in speeds])
     return 0

@@ -1,42 +1,30 @@
 """`bnlight bench norm`: forward and backward of each layer against `torch.nn.BatchNorm` of the same input."""
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from bnlight.bench.cases import DTYPES, LAYOUTS, PASSES, Case, Result, cases, measure
+from bnlight.bench.command import Options, Report, table
 from bnlight.bench.contenders import BASELINE, layers, norm_names
 from bnlight.bench.measure import hardware, keep_freed_memory
 from bnlight.bench.sync import RANKS, measure_ranks, synchronizable
 
 SHAPES = "64x64x56x56,32x256x14x14,8x512x7x7,4x64x112x112,256x128"
-STYLE: dict[str, Any] = {
-    "title_justify": "left",
-    "title_style": "bold",
-    "box": None,
-    "padding": (0, 1, 0, 0),
-    "pad_edge": False,
-}
 
 
 def case_table(case: Case, results: dict[str, Result]) -> Table:
     """Every layer in one case."""
     rounds = len(results[BASELINE].seconds)
-    table = Table("layer", title=f"{case}, {rounds} rounds", **STYLE)
-    for column in ("ratio", "p10..p90", "µs", "memory", "share"):
-        table.add_column(column, justify="right")
+    shown = table(["layer"], ["ratio", "p10..p90", "µs", "memory", "share"], f"{case}, {rounds} rounds")
     for name, r in results.items():
-        table.add_row(
+        shown.add_row(
             name,
             f"{r.median:.2f}",
             f"{r.p10:.2f}..{r.p90:.2f}",
@@ -44,7 +32,7 @@ def case_table(case: Case, results: dict[str, Result]) -> Table:
             f"{r.memory:.2f}",
             f"{r.bandwidth:.0%}",
         )
-    return table
+    return shown
 
 
 def summary(measured: dict[Case, dict[str, Result]]) -> dict[str, dict[str, Any]]:
@@ -67,22 +55,22 @@ def summary(measured: dict[Case, dict[str, Result]]) -> dict[str, dict[str, Any]
 def summary_table(rows: dict[str, dict[str, Any]], cases: int) -> Table:
     """`summary` for the terminal."""
     title = f"All {cases} cases: ratio to {BASELINE}"
-    table = Table("layer", title=title, **STYLE)
-    for column in ("mean", "worst", "memory", "share"):
-        table.add_column(column, justify="right")
-    table.add_column("worst case")
+    shown = table(["layer"], ["mean", "worst", "memory", "share"], title)
+    shown.add_column("worst case")
     for name, row in rows.items():
         numbers = f"{row['geometric_mean']:.2f}", f"{row['worst']:.2f}", f"{row['memory']:.2f}"
-        table.add_row(name, *numbers, f"{row['bandwidth']:.0%}", row["worst_case"])
-    return table
+        shown.add_row(name, *numbers, f"{row['bandwidth']:.0%}", row["worst_case"])
+    return shown
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, each list split and checked; argparse prints what is wrong and exits with 2."""
-    parser = argparse.ArgumentParser(
-        prog="bnlight bench norm",
-        description=f"{__doc__} Other forms stand beside bnlight's: torch's GroupNorm, LayerNorm, InstanceNorm and "
-        "RMSNorm; renorm and frn as their formulas read; one BatchNorm for each of four chunks (virtual batches).",
+    parser = Options(
+        "norm",
+        f"{__doc__} Other forms stand beside bnlight's: torch's GroupNorm, LayerNorm, InstanceNorm and RMSNorm; "
+        "renorm and frn as their formulas read; one BatchNorm for each of four chunks (virtual batches).",
+        rounds=15,
+        what="at most, within the time",
     )
 
     def names(known: Sequence[str]) -> Any:
@@ -104,11 +92,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             )
         return found
 
-    def positive(text: str) -> int:
-        if not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-        return int(text)
-
     def listed(option: str, known: Sequence[str]) -> None:
         parser.add_argument(option, type=names(known), help=f"some of {','.join(known)} (default: all)")
 
@@ -121,18 +104,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help=f"compare layers synchronized over {RANKS} processes with local ones (default: batch,renorm)",
     )
-    parser.add_argument("--rounds", type=positive, default=15, help="at most, within the time (default: 15)")
-    parser.add_argument("--threads", type=positive, default=1, help="of the CPU (default: 1)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="two small shapes in float32, in seconds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+    options = parser.checked(arguments)
     if options.sync and options.device != "cpu":
         parser.error("--sync runs on the CPU")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.absolute().parent}")
     options.dtypes = ["float32"] if options.quick else options.dtypes or list(DTYPES)
     options.layouts = options.layouts or list(LAYOUTS)
     if options.sync:
@@ -147,7 +122,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, print a table per case and one over all; returns the exit code."""
     options = parse(arguments)
-    console, begun = Console(), time.perf_counter()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     chosen = cases(options.shapes, options.dtypes, options.layouts)
@@ -161,12 +135,10 @@ def main(arguments: Sequence[str]) -> int:
         "rounds": options.rounds,
         "freed memory kept": device.type != "cpu" or keep_freed_memory(),
     }
-    console.print(
-        ", ".join(f"{key} {value}" for key, value in about.items() if key != "what"), soft_wrap=True
-    )
-    console.print(f"{about['what']}; memory: peak beyond the step's start, in sizes of x;", soft_wrap=True)
-    console.print(
-        f"share: of the measured copy bandwidth, if a step were {PASSES} passes over x\n", soft_wrap=True
+    report = Report(
+        about,
+        "memory: peak beyond the step's start, in sizes of x;",
+        f"share: of the measured copy bandwidth, if a step were {PASSES} passes over x",
     )
     budget = (12.0 if options.quick else 150.0) / len(chosen)
     results: Iterable[tuple[Case, dict[str, Result]]]
@@ -177,16 +149,12 @@ def main(arguments: Sequence[str]) -> int:
         results = ((c, measure(c, contenders, device, options.rounds, budget)) for c in chosen)
     measured: dict[Case, dict[str, Result]] = {}
     for case, measured[case] in results:
-        console.print(case_table(case, measured[case]), "")
+        report.table(case_table(case, measured[case]))
     rows = summary(measured)
-    console.print(summary_table(rows, len(chosen)))
-    seconds = time.perf_counter() - begun
-    console.print(f"\n{len(chosen)} cases in {seconds:.0f} s")
-    if options.json is not None:
-        raw = [
-            {**asdict(case), "layers": {name: asdict(result) for name, result in found.items()}}
-            for case, found in measured.items()
-        ]
-        text = json.dumps({**about, "seconds": seconds, "cases": raw, "summary": rows}, indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8")
+    report.table(summary_table(rows, len(chosen)))
+    raw = [
+        {**asdict(case), "layers": {name: asdict(result) for name, result in found.items()}}
+        for case, found in measured.items()
+    ]
+    report.end(f"{len(chosen)} cases", options.json, cases=raw, summary=rows)
     return 0

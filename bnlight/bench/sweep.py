@@ -14,29 +14,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bnlight.bench.cases import percentiles
+from bnlight.bench.command import Options, Report, positive, table
 from bnlight.bench.measure import hardware
-from bnlight.bench.norm import STYLE
-from bnlight.bench.sweep_jobs import WAYS
+from bnlight.bench.sweep_jobs import STEPS, WAYS
 
-BESIDE = {"bnlight": "hydra", "bnlight + wandb": "hydra + wandb"}
+Cost = tuple[float, float]  # of one job beyond its training steps: seconds, CPU seconds
+LOOKS = 3  # at a directory, of which the quickest counts
+EXPLAINED = (
+    f"seconds: of a further job in the same process, less its {STEPS} training steps at their median: what a job costs "
+    "whatever it trains",
+    "CPU: seconds of the process and of W&B's service; those that other programs take do not count",
+    "least: the quickest of all jobs. to stock: CPU over that of the same with Hydra and Lightning, by round",
+)
 
 
-def measure(ways: Sequence[str], jobs: int, rounds: int) -> dict[str, list[list[float]]]:
-    """Seconds of each job after the first, by way and round; each round runs every way in a process of its own."""
-    seconds: dict[str, list[list[float]]] = {way: [] for way in ways}
+def measure(jobs: int, rounds: int) -> dict[str, list[list[Cost]]]:
+    """What each job costs, by way and round; each round runs every way in a process of its own."""
+    costs: dict[str, list[list[Cost]]] = {way: [] for way in WAYS}
     for number in range(rounds):
-        for way in ways if number % 2 == 0 else reversed(ways):
+        for way in WAYS if number % 2 == 0 else reversed(WAYS):
             with tempfile.TemporaryDirectory(prefix="bnlight-bench-") as folder:
-                seconds[way].append(run(way, jobs, Path(folder, "out")))
-    return seconds
+                costs[way].append(run(way, jobs, Path(folder, "out")))
+    return costs
 
 
-def run(way: str, jobs: int, folder: Path) -> list[float]:
-    """One process that runs `jobs` jobs; raises RuntimeError with what it said if one failed."""
+def run(way: str, jobs: int, folder: Path) -> list[Cost]:
+    """One process that runs `jobs` jobs: the costs of all but the first and the last of them.
+
+    Raises RuntimeError with what it said if one failed.
+    """
     command = [sys.executable, "-m", "bnlight.bench.sweep_jobs", way, str(jobs), str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -44,28 +52,45 @@ def run(way: str, jobs: int, folder: Path) -> list[float]:
     )
     if done.returncode:
         raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
-    times: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return times
+    return [(seconds, cpu) for seconds, cpu in json.loads(done.stdout.splitlines()[-1])]
+
+
+def summary(costs: dict[str, list[list[Cost]]]) -> list[dict[str, float | str | None]]:
+    """A row for each way: medians, the spread over all jobs, and the ratio of CPU seconds to the stock way."""
+    cpu = {
+        way: [statistics.median(one for _, one in jobs) for jobs in rounds] for way, rounds in costs.items()
+    }
+    rows: list[dict[str, float | str | None]] = []
+    for way, rounds in costs.items():
+        seconds = [one for jobs in rounds for one, _ in jobs]
+        low, high = percentiles(seconds)
+        stock = cpu.get(WAYS[way], [])
+        ratio = statistics.median(a / b for a, b in zip(cpu[way], stock, strict=True)) if stock else None
+        times = {"seconds": statistics.median(seconds), "least": min(seconds), "p10": low, "p90": high}
+        rows.append({"way": way, **times, "cpu": statistics.median(cpu[way]), "ratio": ratio})
+    return rows
 
 
 def growth(number: int) -> dict[str, float]:
-    """Seconds that `bnlight status` and `bnlight compare` take for `number` jobs, and a job beside so many others."""
+    """What a job costs beside `number` others, and the seconds of `bnlight status` and `bnlight compare` of all."""
     with tempfile.TemporaryDirectory(prefix="bnlight-bench-") as name:
         folder = Path(name, "out")
-        run("bnlight", 2, folder)
+        run("bnlight", 3, folder)
         (one, *_) = sorted((folder / "train").glob("*/result.json"))
         for copy in range(number):
             _copy(one.parent, folder / "train" / f"copy-{copy}", copy)
-        took = {"job": statistics.median(run("bnlight", 6, folder)[1:])}
+        took = {"job": statistics.median(cpu for _, cpu in run("bnlight", 8, folder))}
         for what in ("status", "compare"):
-            begun = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "bnlight", what, str(folder / "train")],
-                stdout=subprocess.DEVNULL,
-                check=True,
-            )
-            took[what] = time.perf_counter() - begun
+            took[what] = min(_seconds_of(what, folder / "train") for _ in range(LOOKS))
     return took
+
+
+def _seconds_of(command: str, directory: Path) -> float:
+    begun = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "bnlight", command, str(directory)], stdout=subprocess.DEVNULL, check=True
+    )
+    return time.perf_counter() - begun
 
 
 def _copy(job: Path, to: Path, number: int) -> None:
@@ -88,62 +113,48 @@ def _copy(job: Path, to: Path, number: int) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; argparse prints what is wrong and exits with 2."""
-    parser = argparse.ArgumentParser(prog="bnlight bench sweep", description=__doc__)
+    parser = Options("sweep", __doc__, rounds=5, what="processes of each way", layers=False)
     parser.add_argument(
-        "--jobs", type=int, default=8, help="of each process; the first is not counted (default: 8)"
+        "--jobs",
+        type=positive,
+        default=12,
+        help="of each process; the first and last do not count (default: 12)",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="processes of each way (default: 5)")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[10, 100, 1000], help="jobs in a directory")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
-    options = parser.parse_args(arguments)
-    if options.jobs < 3 or options.rounds < 1:
-        parser.error("--jobs is at least 3, --rounds at least 1")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.absolute().parent}")
+    parser.add_argument(
+        "--sizes", type=positive, nargs="*", default=[10, 100, 1000], metavar="N", help="jobs in a directory"
+    )
+    options = parser.checked(arguments)
+    if options.jobs < 3:
+        parser.error("--jobs is at least 3: the first and the last do not count")
     return options
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark and print its tables; returns the exit code."""
     options = parse(arguments)
-    console, begun = Console(), time.perf_counter()
     about = {
         "hardware": hardware(torch.device("cpu")),
         "load": round(os.getloadavg()[0], 1),
         "jobs": options.jobs,
         "rounds": options.rounds,
     }
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
-    console.print(
-        "seconds from the end of a job to the end of the next; one batch of training each\n", soft_wrap=True
-    )
-    seconds = measure(WAYS, options.jobs, options.rounds)
-    medians = {way: [statistics.median(times) for times in rounds] for way, rounds in seconds.items()}
-    table = Table("", **STYLE)
-    for column in ("seconds", "p10..p90", "over Lightning", "to stock"):
-        table.add_column(column, justify="right")
-    rows = []
-    for way in WAYS:
-        low, high = percentiles([one for times in seconds[way] for one in times])
-        over = statistics.median(a - b for a, b in zip(medians[way], medians["lightning"], strict=True))
-        stock = medians.get(BESIDE.get(way, ""), [])
-        ratio = statistics.median(a / b for a, b in zip(medians[way], stock, strict=True)) if stock else None
-        middle = statistics.median(medians[way])
-        rows.append({"way": way, "seconds": middle, "p10": low, "p90": high, "over": over, "ratio": ratio})
-        shown = f"{ratio:.2f}" if ratio is not None else ""
-        table.add_row(way, f"{middle:.3f}", f"{low:.3f}..{high:.3f}", f"{over:+.3f}", shown)
-    console.print(table)
+    report = Report(about, *EXPLAINED)
+    costs = measure(options.jobs, options.rounds)
+    rows = summary(costs)
+    shown = table(["a further job"], ["CPU", "seconds", "least", "p10..p90", "to stock"])
+    for row in rows:
+        times = f"{row['cpu']:.3f}", f"{row['seconds']:.3f}", f"{row['least']:.3f}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        shown.add_row(str(row["way"]), *times, f"{row['p10']:.3f}..{row['p90']:.3f}", ratio)
+    report.table(shown)
     sizes = {number: growth(number) for number in options.sizes}
     if sizes:
-        table = Table("jobs in the directory", **STYLE)
-        for column in ("a further job", "bnlight status", "bnlight compare"):
-            table.add_column(column, justify="right")
+        shown = table(["jobs in the directory"], ["a further job, CPU", "bnlight status", "bnlight compare"])
         for number, took in sizes.items():
-            table.add_row(str(number), *(f"{took[what]:.2f} s" for what in ("job", "status", "compare")))
-        console.print()
-        console.print(table)
-    console.print(f"\n{time.perf_counter() - begun:.0f} s")
-    if options.json is not None:
-        content = {**about, "ways": rows, "seconds": seconds, "sizes": sizes}
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            shown.add_row(
+                str(number), f"{took['job']:.3f}", *(f"{took[what]:.2f}" for what in ("status", "compare"))
+            )
+        report.table(shown)
+    load = os.getloadavg()[0]
+    report.end(f"load {load:.1f} at the end; all", options.json, ways=rows, costs=costs, sizes=sizes)
     return 0

@@ -237,8 +237,10 @@ def _follows(norm: Any) -> bool:
 def redundant_bias(case: Case) -> Iterator[Finding]:
     """A bias that the next layer subtracts again."""
     cancelling = {path: norm for norm, path in case.norms.items() if _cancels(norm) and _active(case, norm)}
-    biased = any(is_layer(m) and getattr(m, "bias", None) is not None for m in case.paths)
-    if not cancelling or not biased:
+    biased = [m for m in case.paths if is_layer(m) and getattr(m, "bias", None) is not None]
+    if not any(
+        channels_problem(norm, layer, after=True) is None for norm in cancelling.values() for layer in biased
+    ):  # as following the model's calls takes a while
         return
     copy = copied(case.model, share_parameters=True).eval()
     ends = {m for m in copy.modules() if is_norm(m) or is_layer(m)}

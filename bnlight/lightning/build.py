@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -13,21 +14,43 @@ FRAMEWORKS = ("builtins", "torch", "pytorch_lightning", "lightning")
 def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
     """The object that `config` names in `_target_`, its nested configs built first, lists and dicts left plain.
 
-    Raises what the target raises, with a note that says which one.
+    `args` and `kwargs` are handed to the target as they are. Raises what the target raises, with a note that says
+    which one.
     """
     from hydra import utils
     from hydra.errors import InstantiationException
 
-    if whitelist := any_target():
-        kwargs["_execution_whitelist_"] = whitelist
+    plan = {**config, "_convert_": "all", **({"_partial_": True} if kwargs else {})}
+    trust = {"_execution_whitelist_": whitelist} if (whitelist := any_target()) else {}
     try:
-        return utils.instantiate(dict(config), *args, _convert_="all", **kwargs)
+        built = utils.instantiate(plan, *args, **trust)
     except InstantiationException as error:
         cause = error.__cause__
         if cause is None:
             raise
-        cause.add_note(f"(while building {config['_target_']} from the config)")
+        cause.add_note(_note(config))
         raise cause from None
+    return _called(built, config, kwargs) if kwargs else built
+
+
+def call(config: Config) -> Any:
+    """What the target of `config` makes of its arguments as they are: nested configs stay configs."""
+    from hydra.utils import get_object
+
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    return _called(get_object(config["_target_"]), config, copy.deepcopy(given))
+
+
+def _called(target: Any, config: Config, kwargs: dict[str, Any]) -> Any:
+    try:
+        return target(**kwargs)
+    except Exception as error:
+        error.add_note(_note(config))
+        raise
+
+
+def _note(config: Config) -> str:
+    return f"(while building {config['_target_']} from the config)"
 
 
 def any_target() -> Any:

@@ -13,6 +13,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from bnlight.lightning.build import (
     Config,
     arguments,
+    call,
     complete,
     explicit,
     instantiate,
@@ -127,7 +128,7 @@ def _plain(kind: type) -> dict[str, Any]:
 
 def _built(module: dict[str, Any], kind: type[pl.LightningModule]) -> pl.LightningModule:
     if issubclass(kind, Classifier):
-        built: pl.LightningModule = instantiate(module, _recursive_=False)
+        built: pl.LightningModule = call(module)
         return built
     schedule = None
     if "scheduler" in module:

@@ -66,7 +66,8 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
     loggers: list[Any] = [MetricsFile(directory, attempt=status.get("attempt", 1))]
     tracker = None
     if config["logger"].get("_target_") and this_rank() == 0:
-        used = {name: value for name, value in config.items() if name not in unused(config)}
+        idle = unused(config)
+        used = {name: value for name, value in config.items() if name not in idle}
         tracker = instantiate(config["logger"])(used, directory, status["wandb_id"])
         loggers.append(tracker)
         if url := run_url(tracker.experiment):
@@ -185,7 +186,10 @@ def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[st
 def _metrics_of_the_best(trainer: pl.Trainer, metric: str | None) -> dict[str, float]:
     """The validation metrics of the checkpoint that is tested."""
     best = _best(trainer)
-    then = torch.load(best, map_location="cpu", weights_only=True).get("metrics", {}) if best else {}
+    if not best:
+        return {}
+    # Mapped, as the weights are not looked at.
+    then = torch.load(best, map_location="cpu", weights_only=True, mmap=True).get("metrics", {})
     return {name: value for name, value in then.items() if name.startswith("val") or name == metric}
 
 
