@@ -1,21 +1,18 @@
-"""The page, opened in a real browser: everything is drawn, nothing is requested, nothing is injected."""
+"""The page as text: what it says and carries, that nothing in it loads or runs, and which figures fit a sweep."""
 
 import html
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
+import pandas as pd
 import pytest
-from test_compare_builder import write_job, write_metrics, write_result, write_sweep
+from test_compare_builder import scored, write_job, write_metrics, write_result, write_sweep
 
-from bnlight.compare import compare, figures
+from bnlight.compare import compare
+from bnlight.compare.page import data, look, plan
 
-BROWSER = next(
-    (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), ""
-)
-needs_browser = pytest.mark.skipif(not BROWSER, reason="needs Chromium")
 EVIL = '<script>alert(1)</script><b onclick="x()">"\'&'
 
 
@@ -29,22 +26,15 @@ def sweep(tmp_path_factory):
     return root
 
 
-def browse(page, tmp_path, *flags):
-    """Open the page and return the document after its scripts ran, and what the browser logged."""
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=8000",
-         *flags, "--dump-dom", page.resolve().as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    return done.stdout, done.stderr
-
-
-def specs(page):
-    """The figures of the page, as they are handed to plotly."""
-    text = re.search(r'id="figures">(.*?)</script>', page.read_text(), re.DOTALL)
+def carried(comparison):
+    """The data of the page, as its script reads them."""
+    text = re.search(r'id="data">(.*?)</script>', comparison.page.read_text(), re.DOTALL)
     return json.loads(text[1])
+
+
+def kinds(comparison):
+    """The kinds of figures of the page, with how many there are of each."""
+    return pd.Series([figure["kind"] for figure in carried(comparison)["figures"]]).value_counts().to_dict()
 
 
 class Loads(HTMLParser):
@@ -70,89 +60,16 @@ def parsed(page):
     return parser
 
 
-@needs_browser
-def test_every_figure_is_drawn_without_an_error_on_the_console(sweep, tmp_path):
-    page = compare(sweep).page
-    document, log = browse(page, tmp_path)
-    assert "CONSOLE" not in log, log
-    figure_count = len(specs(page))
-    assert figure_count == 1 + 2 * 2 + 2 * 2  # the trend; curves and dots, for each batch size
-    assert document.count('<svg class="main-svg"') >= figure_count
-    traces = sum(len(spec["data"]) for spec in specs(page).values())
-    assert len(re.findall(r'<g class="trace scatter', document)) == traces
-
-
-def requests_of_the_page(page, tmp_path):
-    """The addresses the page asked for; what Chromium asks for itself has no page as its initiator."""
-    log = tmp_path / "net.json"
-    browse(page, tmp_path, f"--log-net-log={log}")
-    events = json.loads(log.read_text())["events"]
-    asked = [event["params"] for event in events if "url" in event.get("params", {})]
-    return {
-        x["url"] for x in asked if x.get("initiator") in ("null", "file://") and x["url"].startswith("http")
-    }
-
-
-@needs_browser
-def test_the_browser_requests_nothing_but_the_page(sweep, tmp_path):
-    assert requests_of_the_page(compare(sweep).page, tmp_path) == set()
-    control = tmp_path / "control.html"
-    control.write_text('<img src="http://127.0.0.1:9/seen.png">')
-    assert requests_of_the_page(control, tmp_path) == {"http://127.0.0.1:9/seen.png"}
-
-
-@needs_browser
-def test_the_dark_page_repaints_the_figures(sweep, tmp_path):
-    page = compare(sweep).page
-    light, _ = browse(page, tmp_path)
-    dark, log = browse(page, tmp_path, "--blink-settings=preferredColorScheme=0")
-    assert "CONSOLE" not in log, log
-    for before, after in [figures.PALETTE[0], figures.INK]:
-        painted = [f"rgb({triple})".replace(",", ", ") for triple in (before, after)]
-        assert painted[0] in light
-        assert painted[1] not in light
-        assert painted[1] in dark
-
-
-@needs_browser
-def test_a_script_in_a_name_is_text(tmp_path):
-    root = tmp_path / "norms"
-    for seed in (0, 1):
-        job = write_job(root, norm="batch", seed=seed)
-        config = (job / "config.yaml").read_text()
-        (job / "config.yaml").write_text(config.replace("norm: batch", f"norm: {json.dumps(EVIL)}"))
-        result = json.loads((job / "result.json").read_text())
-        write_result(job, result["metrics"], git="</script><script>alert(2)</script>", hardware={EVIL: EVIL})
-    write_job(root, norm="group", state="failed", traceback=f"Error: {EVIL}")
-    (root / "<img src=x onerror=alert(3)>").mkdir()
-    page = compare(root).page
-    document, log = browse(page, tmp_path)
-    assert "CONSOLE" not in log, log
-    assert html.escape(EVIL) in page.read_text()
-    for text in (page.read_text(), document):
-        assert "<script>alert" not in text
-        assert "<img src=x" not in text
-        assert "<b onclick" not in text
-    assert "<" not in re.search(r'id="figures">(.*?)</script>', page.read_text(), re.DOTALL)[1]
-    names = {trace["name"] for spec in specs(page).values() for trace in spec["data"]}
-    assert names == {html.escape(EVIL)}  # plotly reads names as HTML too
-    seen = parsed(page)
-    assert "img" not in seen.tags
-    assert seen.handlers == []
-    assert seen.tags.count("script") == 4  # the figures, the colours, plotly, and the page's own
-
-
-@needs_browser
-def test_the_policy_stops_a_script_that_is_not_the_page_s_own(sweep, tmp_path):
-    page = compare(sweep).page
-    tampered = sweep / "tampered.html"
-    tampered.write_text(
-        page.read_text().replace("<main>", "<script>document.title = 'owned'</script><main>", 1)
-    )
-    document, log = browse(tampered, tmp_path)
-    tampered.unlink()
-    assert "<title>owned" not in document
-    assert "Content Security Policy" in log
+def test_the_page_opens_with_the_verdict_then_the_table_the_pictures_and_the_evidence(sweep):
+    comparison = compare(sweep)
+    text = comparison.page.read_text()
+    first = re.search(r"<h1>(.*?)</h1>", text)[1]
+    assert html.unescape(first).replace("\u00a0", " ") == comparison.verdict
+    order = [text.index(part) for part in (
+        "<h1>", 'id="filters"', 'id="cells"', "Learning curves", "Pair by pair", "Stability", "Quality against cost",
+        "What went wrong", 'id="runs"', "<footer>")]  # fmt: skip
+    assert order == sorted(order)
+    assert 1e6 < len(text) < 8e6
 
 
 def test_nothing_in_the_page_loads_from_outside_and_links_are_relative(sweep):
@@ -165,87 +82,193 @@ def test_nothing_in_the_page_loads_from_outside_and_links_are_relative(sweep):
         assert (sweep / link).exists()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page.read_text())[1]
     assert policy.startswith("default-src 'none'")
-    assert "unsafe-inline'; script" not in policy.replace("style-src 'unsafe-inline'", "")
+    assert "unsafe" not in policy.replace("style-src 'unsafe-inline'", "")
 
 
-def test_the_page_opens_with_the_verdict_and_is_about_as_large_as_plotly(sweep):
+def test_links_lead_to_the_runs_from_wherever_the_page_is_written(sweep, tmp_path):
+    comparison = compare(sweep, output=tmp_path / "report # 1")
+    links = parsed(comparison.page).links
+    assert links
+    assert all(link.startswith("../") for link in links)
+    run = carried(comparison)["runs"]
+    assert (comparison.page.parent / run["path"][0] / "job.log").exists()
+
+
+def test_a_link_is_only_made_of_an_address_of_the_web(sweep):
     comparison = compare(sweep)
-    text = comparison.page.read_text()
-    first = re.search(r"<h1>(.*?)</h1>", text)[1]
-    assert html.unescape(first).replace("\u00a0", " ") == comparison.verdict
-    assert text.index("<h1>") < text.index("<table")
-    assert 1e6 < len(text) < 8e6
+    run = comparison.runs.iloc[0].to_dict()
+    assert (
+        data.links(comparison, run | {"url": "https://wandb.ai/a/b/runs/c"})[1]
+        == "https://wandb.ai/a/b/runs/c"
+    )
+    assert data.links(comparison, run | {"url": "javascript:alert(1)"})[1] is None
+    assert data.links(comparison, run | {"path": None, "url": None}) == (None, None)
+
+
+def test_a_script_in_a_name_is_text(tmp_path):
+    root = tmp_path / "norms"
+    for seed in (0, 1):
+        job = write_job(root, norm="batch", seed=seed)
+        config = (job / "config.yaml").read_text()
+        (job / "config.yaml").write_text(config.replace("norm: batch", f"norm: {json.dumps(EVIL)}"))
+        result = json.loads((job / "result.json").read_text())
+        write_result(job, result["metrics"], git="</script><script>alert(2)</script>", hardware={EVIL: EVIL})
+    write_job(root, norm="group", state="failed", traceback=f"Error: {EVIL}")
+    (root / "<img src=x onerror=alert(3)>").mkdir()
+    page = compare(root).page
+    text = page.read_text()
+    assert html.escape(EVIL) in text
+    for words in ("<script>alert", "<img src=x", "<b onclick"):
+        assert words not in text
+    assert "<" not in re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1]
+    seen = parsed(page)
+    assert "img" not in seen.tags
+    assert seen.handlers == []
+    assert seen.tags.count("script") == 3  # the data, plotly, and the page's own
 
 
 def test_failed_runs_are_marked_and_their_error_can_be_read(sweep):
     text = compare(sweep).page.read_text()
     assert f"RuntimeError: {html.escape(EVIL)}" in text
-    assert text.count('<tr class="lost">') == 1
+    assert text.count('<tr class="lost"') == 1
     assert text.count('<td class="job">') == 19
 
 
-def test_the_curve_is_the_mean_over_seeds_and_the_band_their_range(tmp_path):
-    for seed, values in enumerate(([0.1, 0.5, 0.9], [0.3, 0.7, 0.8])):
-        steps = zip((0, 10, 20), values, strict=True)
-        rows = [{"attempt": 1, "step": s, "epoch": 0, "time": 0, "val/accuracy": v} for s, v in steps]
+def test_a_sweep_without_results_still_has_a_page_without_figures(tmp_path):
+    write_job(tmp_path, state="failed", traceback="boom")
+    comparison = compare(tmp_path)
+    text = comparison.page.read_text()
+    assert "No run has finished" in text
+    assert "plotly.js" not in text
+    assert carried(comparison)["figures"] == []
+    assert len(text) < 1e5
+
+
+def test_the_page_carries_every_run_with_its_numbers_and_its_config(sweep):
+    comparison = compare(sweep)
+    page = carried(comparison)
+    runs, configs = page["runs"], page["configs"]
+    assert sorted(runs["key"]) == sorted(comparison.runs.index)
+    expected = comparison.runs.loc[runs["key"], "test/accuracy"]
+    given = pd.Series(runs["columns"]["test/accuracy"], dtype=float)
+    assert np.array_equal(given, expected, equal_nan=True)
+    for key, column in comparison.configs.items():
+        if key in configs["same"]:
+            assert column.nunique(dropna=False) == 1
+            continue
+        varying = configs["varying"][key]
+        shown = [varying["levels"][code] for code in varying["codes"]]
+        assert shown == [data.shown(value) for value in column.loc[runs["key"]]]
+
+
+def test_histories_are_thinned_to_a_hundred_points_and_keep_their_ends(tmp_path):
+    for seed, count in enumerate((1000, 40)):
+        rows = [
+            {"attempt": 1, "step": s, "epoch": 0, "time": 0, "val/loss": 1 / (s + 3)} for s in range(count)
+        ]
         write_metrics(write_job(tmp_path, seed=seed), rows)
     comparison = compare(tmp_path)
-    curve = figures.mean_curve(comparison.history, list(comparison.runs.index), "val/accuracy")
-    assert curve["mean"].tolist() == pytest.approx([0.2, 0.6, 0.85])
-    assert curve["low"].tolist() == [0.1, 0.5, 0.8]
-    assert curve["high"].tolist() == [0.3, 0.7, 0.9]
-    band, line = specs(comparison.page)["figure-0"]["data"]
-    assert line["x"] == [0, 10, 20]
-    assert line["y"] == pytest.approx([0.2, 0.6, 0.85])
-    assert band["y"] == [0.3, 0.7, 0.9, 0.8, 0.5, 0.1]
+    history = carried(comparison)["history"]["val/loss"]
+    for run, (grid, values) in enumerate(zip(history["grid"], history["values"], strict=True)):
+        steps = history["grids"][grid]
+        last = 999 if comparison.runs["seed"].iloc[run] == 0 else 39
+        assert len(steps) == len(values) == min(last + 1, 100)
+        assert steps[0] == 0
+        assert steps[-1] == last
+        assert values == pytest.approx([1 / (step + 3) for step in steps], rel=1e-4)
 
 
-def test_a_curve_ends_where_its_shortest_run_ends_and_joins_different_steps(tmp_path):
-    for seed, steps in enumerate(([0, 10, 20, 30], [0, 20])):
-        write_metrics(write_job(tmp_path, seed=seed), [
-            {"attempt": 1, "step": s, "epoch": 0, "time": 0, "val/loss": s / 10 + seed} for s in steps
-        ])  # fmt: skip
+def test_a_sweep_over_batch_sizes_and_learning_rates_has_lines_and_maps_and_tells_divergence(tmp_path):
+    for batch_size in (4, 32):
+        for lr in (0.01, 0.1, 1.0):
+            for norm in ("batch", "group"):
+                settings = {"data.batch_size": batch_size, "optimizer.lr": lr}
+                state = "diverged" if lr == 1.0 and norm == "batch" else "done"
+                write_job(tmp_path, norm=norm, settings=settings, state=state)
     comparison = compare(tmp_path)
-    curve = figures.mean_curve(comparison.history, list(comparison.runs.index), "val/loss")
-    assert curve.index.tolist() == [0, 10, 20]
-    assert curve["mean"].tolist() == pytest.approx([0.5, 1.5, 2.5])
+    page = carried(comparison)
+    figures = [f for f in page["figures"] if f["kind"] in ("line", "heat", "divergence")]
+    assert [(f["kind"], f.get("x"), f.get("y")) for f in figures] == [
+        ("divergence", "optimizer.lr", None),
+        ("line", "data.batch_size", None),
+        ("line", "optimizer.lr", None),
+        ("line", "optimizer.lr", None),
+        ("heat", "data.batch_size", "optimizer.lr"),
+    ]
+    assert {axis["key"]: axis["log"] for axis in page["axes"] if axis["numeric"]} == {
+        "data.batch_size": True, "optimizer.lr": True,
+    }  # fmt: skip
 
 
-def test_the_dots_are_the_seeds_and_the_bar_is_the_interval(sweep):
-    comparison = compare(sweep)
-    cells = [cell for cell in comparison.cells if cell.metric.n and cell.condition == "batch size = 4"]
-    figure = figures.dots(cells, "test/accuracy", figures.look_of(comparison.cells))
-    for cell, seeds, mean in zip(cells, figure.data[::2], figure.data[1::2], strict=True):
-        assert seeds["x"] == cell.done["test/accuracy"].tolist()
-        assert mean["x"] == [cell.metric.mean]
-        assert mean["error_x"]["array"] == [cell.metric.half_width]
+def test_figures_that_do_not_fit_are_left_out(tmp_path):
+    write_sweep(tmp_path / "norms", ("batch", "renorm", "group"), (0, 1, 2))
+    only_norms = kinds(compare(tmp_path / "norms"))
+    assert only_norms == {"curves": 2, "dots": 2, "ranks": 1, "forest": 1, "front": 2}
+    for model in ("cnn", "mlp"):
+        for data_ in ("digits", "letters"):
+            choices = {"model": model, "data": data_}
+            write_sweep(
+                tmp_path / "many", ("batch", "group"), (0, 1), choices=choices, settings={"optimizer.lr": 0.1}
+            )
+            write_sweep(
+                tmp_path / "many", ("batch", "group"), (0, 1), choices=choices, settings={"optimizer.lr": 0.2}
+            )
+    many = kinds(compare(tmp_path / "many"))
+    assert many["parallel"] == 1
+    assert many["line"] == 4
+    assert "heat" not in many
 
 
-def test_plotly_accepts_every_figure_and_every_axis_says_what_it_shows(sweep):
-    from plotly.graph_objects import Figure
-
-    titles = set()
-    for spec in specs(compare(sweep).page).values():
-        figure = Figure(spec)
-        titles.add(figure.layout.xaxis.title.text)
-    assert titles == {"batch size", "optimizer steps", "test accuracy", "milliseconds per step"}
-
-
-def test_a_contender_keeps_its_look_in_every_figure_and_no_two_share_one():
-    look = figures.Look([f"norm {i}" for i in range(24)])
-    looks = {(look.colour(name), look.dash(name)) for name in look.names}
-    assert len(looks) == 24
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [([1, 2, 4, 8], True), ([0.001, 0.01, 0.1], True), ([8, 16, 24, 32], False), ([0, 1, 10], False),
+     ([4, 32], True), ([20, 30], False), ([3, 5, 7, 9], False), ([0.03, 0.1, 0.3, 1], True)],
+)  # fmt: skip
+def test_an_axis_is_logarithmic_where_its_values_are_spaced_by_factors(values, log):
+    assert data.spaced_by_factors(values) is log
 
 
-def test_one_seed_draws_no_band_and_no_bar(tmp_path):
-    write_sweep(tmp_path, ("batch", "renorm"), (0,))
-    for spec in specs(compare(tmp_path).page).values():
-        assert not any("fill" in trace or "error_x" in trace for trace in spec["data"])
+def test_a_contender_keeps_its_look_and_no_two_share_colour_dash_and_marker():
+    looks = look.looks(f"norm {i}" for i in range(32))
+    assert len({(each["colour"][0], each["dash"], each["symbol"]) for each in looks}) == 32
+    first = looks[:8]
+    assert len({each["colour"][0] for each in first}) == 8
+    assert len({each["symbol"] for each in first}) == 8
 
 
-def test_a_sweep_without_results_still_has_a_page(tmp_path):
-    write_job(tmp_path, state="failed", traceback="boom")
-    text = compare(tmp_path).page.read_text()
-    assert "No run has finished" in text
-    assert "Plotly" not in text
-    assert "script-src 'none'" in text
+def test_filters_are_offered_for_what_varies_and_has_few_values(tmp_path):
+    for index in range(14):
+        write_job(
+            tmp_path, norm="batch" if index % 2 else "group", settings={"optimizer.lr": 0.01 + index / 100}
+        )
+    fields = {field["key"]: field["levels"] for field in carried(compare(tmp_path))["filters"]}
+    assert fields == {"norm": ["batch", "group"]}
+
+
+def test_the_command_of_the_page_asks_what_was_asked_without_the_filters_it_had(sweep):
+    page = carried(compare(sweep, metric="test/loss", where=["norm!=tanh"]))
+    assert page["command"] == f"bnlight compare {sweep} --metric test/loss"
+    assert page["where"] == ["norm!=tanh"]
+
+
+def test_another_sweep_stands_on_the_page_when_it_was_compared_with(tmp_path):
+    for sweep, shift in (("old", 0.0), ("new", 0.05)):
+        for norm in ("batch", "group"):
+            scored(tmp_path / sweep, norm, [0.80 + shift, 0.81 + shift, 0.83 + shift])
+    comparison = compare(tmp_path / "new", against=tmp_path / "old")
+    text = html.unescape(comparison.page.read_text()).replace("\u00a0", " ")
+    assert f"<h2>Against {comparison.against.name}</h2>" in text
+    assert comparison.against.verdict in text
+    rows = re.search(r'<table id="against">.*?<tbody>(.*?)</tbody>', text, re.DOTALL)[1]
+    assert rows.count("<tr>") == len(comparison.against.differences) == 2
+
+
+def test_a_forest_of_many_pairs_keeps_those_with_the_leader(tmp_path):
+    for index in range(7):
+        scored(tmp_path, f"norm{index}", [0.9 - index / 50, 0.91 - index / 50, 0.9 - index / 60])
+    comparison = compare(tmp_path)
+    assert len(comparison.evidence.pairs) == 21
+    forest = next(figure for figure in plan.evidence(comparison)["pairs"])
+    pairs = [comparison.evidence.pairs[at] for at in forest.options["pairs"]]
+    assert len(pairs) == 6
+    assert all("norm0" in (pair.better, pair.worse) for pair in pairs)

@@ -25,18 +25,18 @@ draw.ranks = () => {
   });
   bars.forEach((group, at) => traces.push(
     line([Math.min(...group) - 0.04, Math.max(...group) + 0.04], [0.35 + 0.32 * at, 0.35 + 0.32 * at], theme.ink, 5)));
-  traces.push(line([1, 1 + apart], [-0.75, -0.75], theme.ink, 2));
-  annotations.push({ x: 1, y: -0.75, text: `critical difference ${apart.toFixed(2)}`, showarrow: false, xanchor: "left", yanchor: "bottom", yshift: 3 });
+  traces.push(line([1, 1 + apart], [-1.3, -1.3], theme.ink, 2));
+  annotations.push({ x: 1, y: -1.3, text: `critical difference ${apart.toFixed(2)}`, showarrow: false, xanchor: "left", yanchor: "bottom", yshift: 3 });
   const depth = first + 0.5 * half, longest = Math.max(...contenders.map(name => name.length)) + 5;
   const margin = Math.min(170, 20 + 7.4 * longest);
-  const x = axisLayout("", {
-    range: [edge.left, edge.right], side: "top", showgrid: false, showline: false, ticks: "outside", ticklen: 5, tickcolor: theme.ink,
-    tickvals: Array.from({ length: count }, (_, at) => at + 1), position: 1, anchor: "free",
-  });
-  const layout = layoutOf(x, axisLayout("", { visible: false, range: [depth, -1.3] }), 90 + 50 * depth);
-  layout.shapes = [{ type: "line", x0: 1, x1: count, y0: 0, y1: 0, line: { color: theme.ink, width: 1.5 } }];
+  const ticks = Array.from({ length: count }, (_, at) => at + 1);
+  annotations.push(...ticks.map(rank => ({ x: rank, y: 0, text: String(rank), showarrow: false, yanchor: "bottom", yshift: 8 })));
+  const hiddenAxis = range => axisLayout("", { visible: false, range });
+  const layout = layoutOf(hiddenAxis([edge.left, edge.right]), hiddenAxis([depth, -2.1]), 60 + 46 * (depth + 1));
+  const stroke = (x0, x1, y0, y1) => ({ type: "line", x0, x1, y0, y1, line: { color: theme.ink, width: 1.5 } });
+  layout.shapes = [stroke(1, count, 0, 0), ...ticks.map(rank => stroke(rank, rank, 0, -0.16))];
   return {
-    data: traces, layout: { ...layout, annotations, margin: { l: margin, r: margin, t: 34, b: 4 } },
+    data: traces, layout: { ...layout, annotations, margin: { l: margin, r: margin, t: 4, b: 4 } },
     table: { head: ["contender", "mean rank"], rows: order.map(at => [contenders[at], ranks[at]]) },
   };
 };

@@ -46,7 +46,7 @@ def render(comparison: Comparison, pictures: Pictures) -> str:
         _against(comparison),
         _ranking(comparison, pictures.frames(figures["ranking"])),
         _pairs(comparison, pictures.frames(figures["pairs"])),
-        _stability(comparison, pictures.frames(figures["stability"])),
+        _stability(comparison),
         _costs(comparison, pictures.frames(figures["fronts"])),
     ]
     return f'<section class="evidence">\n{"".join(parts)}</section>' if any(parts) else ""
@@ -56,8 +56,9 @@ def _ranking(comparison: Comparison, frames: str) -> str:
     ranking = comparison.evidence.ranking
     if ranking is None:
         return ""
+    test = _p(ranking.p, equal="= ")
     note = (
-        f"Ranks averaged over {ranking.blocks} blocks (one setting and seed each); Friedman test p = {_p(ranking.p)}. "
+        f"Ranks averaged over {ranking.blocks} blocks (one setting and seed each); Friedman test: p {test}. "
         f"Contenders under one bar differ by less than the critical difference, {ranking.critical_difference:.2f}."
     )
     return f'<h2>Ranks</h2>\n<p class="soft">{text(note)}</p>\n{frames}'
@@ -77,7 +78,7 @@ def _pairs(comparison: Comparison, frames: str) -> str:
         rows.append(_row([pair.condition or "-", pair.better, pair.worse], numbers))
     note = (
         "Each pair of contenders on the seeds both have: the difference seed by seed with its 95 % interval, and a "
-        "paired test with Holm's correction within a setting. A bar that crosses zero is no difference told apart."
+        "paired test with Holm's correction within a setting. Filled points are told apart after it, hollow ones are not."
     )
     told = [pair.text for pair in pairs if pair.leading]
     table = grid("pairs", "Paired differences", heads, rows)
@@ -85,7 +86,7 @@ def _pairs(comparison: Comparison, frames: str) -> str:
     return f'<h2>Pair by pair</h2>\n<p class="soft">{text(note)}</p>\n{items(told[:_TOLD])}{frames}{fold}\n'
 
 
-def _stability(comparison: Comparison, frames: str) -> str:
+def _stability(comparison: Comparison) -> str:
     found = comparison.evidence.stability
     if not found:
         return ""
@@ -104,7 +105,7 @@ def _stability(comparison: Comparison, frames: str) -> str:
         f"accuracy of {comparison.target:g}, reached by the median run at the chosen setting."
     )
     table = grid("stability", "Stability", heads, rows)
-    return f'<h2>Stability</h2>\n<p class="soft">{text(note)}</p>\n{frames}{table}\n'
+    return f'<h2>Stability</h2>\n<p class="soft">{text(note)}</p>\n{table}\n'
 
 
 def _costs(comparison: Comparison, frames: str) -> str:
@@ -164,10 +165,10 @@ def _interval(pair: Pair) -> dict[str, float | None]:
     return {name: value if math.isfinite(value := getattr(pair, name)) else None for name in names}
 
 
-def _p(value: float) -> str:
+def _p(value: float, equal: str = "") -> str:
     if not math.isfinite(value):
         return "-"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value < 0.001 else f"{equal}{value:.3f}"
 
 
 def _ends(found: Pair | Difference) -> str:

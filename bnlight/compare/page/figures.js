@@ -242,7 +242,7 @@ draw.heat = ({ x, y }, { width }) => {
     const label = { showarrow: false, xref: "paper", yref: "paper" };
     layout.annotations.push({ ...label, text: `<b>${look(contender).name}</b>`, x: left, y: top, xanchor: "left", yanchor: "bottom" });
     if (index + across >= maps.length) layout.annotations.push({
-      ...label, text: safe(axisOf[x].label), x: left + size[0] / 2, y: Math.max(0, top - size[1]), yanchor: "top", yshift: -20 });
+      ...label, text: safe(axisOf[x].label), x: left + size[0] / 2, y: Math.max(0, top - size[1]), xanchor: "center", yanchor: "top", yshift: -24 });
     at.forEach((line, j) => line.forEach((which, i) => which.length && rows.push([data.contenders[contender].name, columns[i], lines_[j], which.length, z[j][i]])));
   });
   layout.coloraxis = { colorscale: "Cividis", reversescale: data.lower, colorbar: { orientation: "h", thickness: 10, len: 0.6, y: 1, yanchor: "bottom", ypad: 26, outlinewidth: 0, title: { text: words(data.metric), side: "top" } } };

@@ -222,7 +222,7 @@ function tellFilter() {
   const command = [data.command, "--where", ...[...data.where, ...asked].map(quoted)].join(" ");
   note.replaceChildren(
     element("p", {}, element("strong", {}, `Filter on: ${kept.filter(Boolean).length} of ${kept.length} runs. `),
-      "The table, the runs and the figures above the evidence show these alone. The verdict, the findings and the evidence remain those of all runs. To compute everything again:"),
+      "The table, the runs and the figures drawn from runs show these alone. The verdict and the evidence remain those of all runs. To compute everything again:"),
     element("code", {}, command), button("Show all runs", "Clear the filter", () => setFilter(new URLSearchParams())));
 }
 

@@ -79,6 +79,7 @@ def _against(comparison: Comparison) -> Section:
             place = ", ".join(f"{axes.label(other)} = {value}" for other, value in where.items())
             title = f"{words} against {label}{f', {place}' if place else ''}"
             figures.append(Figure("line", title, {"x": key, "where": where}))
+    figures = [*_divergence(comparison), *figures]
     figures = [replace(figure, wide=len(figures) == 1) for figure in figures]
     note = "Means over seeds with their 95 % intervals. A point leads to its runs."
     return Section(f"{words} against what was swept", note, [("", figures)])
@@ -135,7 +136,7 @@ def _dots_title(metric: str) -> str:
 
 
 def evidence(comparison: Comparison) -> dict[str, list[Figure]]:
-    """The figures of the evidence, by the part they belong to: `ranking`, `pairs`, `stability`, `fronts`."""
+    """The figures of the evidence, by the part they belong to: `ranking`, `pairs`, `fronts`."""
     found = comparison.evidence
     words = metric_words(comparison.metric)
     ranking = [Figure("ranks", f"Mean ranks by {words}", wide=True)] if found.ranking else []
@@ -148,7 +149,7 @@ def evidence(comparison: Comparison) -> dict[str, list[Figure]]:
         for number, front in enumerate(found.fronts)
         for condition in dict.fromkeys(front.points["condition"])
     ]
-    return {"ranking": ranking, "pairs": pairs, "stability": _divergence(comparison), "fronts": fronts}
+    return {"ranking": ranking, "pairs": pairs, "fronts": fronts}
 
 
 def _front_title(front: Any, condition: str) -> str:
