@@ -153,13 +153,18 @@ def test_crashes_and_copies_are_no_divergence(tmp_path):
     assert (stability.runs, stability.failed, stability.diverged, stability.divergence_rate) == (3, 1, 0, 0.0)
 
 
-def test_gap_and_roughness_are_over_all_runs_of_a_contender(tmp_path):
-    write_sweep(tmp_path, ("batch",), (0, 1, 2))
+def test_roughness_is_over_all_settings_and_the_gap_at_the_chosen_one(tmp_path):
+    for lr, quality in ((0.1, 0.97), (3.0, 0.5)):
+        place = {"optimizer.lr": lr}
+        write_sweep(tmp_path, ("batch", "group"), (0, 1, 2), settings=place, quality=quality)
     comparison = compare(tmp_path)
-    (stability,) = comparison.evidence.stability
-    assert stability.gap.n == stability.roughness.n == 3
-    assert stability.gap.mean == pytest.approx(statistics.fmean(comparison.runs["train_eval_gap"]))
-    assert stability.norm_gap.n == 0
+    for stability in comparison.evidence.stability:
+        runs = comparison.runs[comparison.runs["norm"] == stability.contender]
+        assert (stability.roughness.n, stability.gap.n, stability.norm_gap.n) == (6, 3, 0)
+        assert stability.roughness.mean == pytest.approx(statistics.fmean(runs["roughness"]))
+        assert stability.gap.mean == pytest.approx(
+            statistics.fmean(runs["train_eval_gap"][runs["lr"] == 0.1])
+        )
 
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)

@@ -11,6 +11,8 @@ import pandas as pd
 
 from bnlight.compare.stats import Cell, Estimate, estimate
 
+_NEEDED = ["state", "steps_to_target", "seconds_to_target", "train_eval_gap", "norm_gap", "roughness"]
+
 
 @dataclass(frozen=True)
 class Stability:
@@ -18,7 +20,8 @@ class Stability:
 
     - `runs`, `diverged`, `failed`: how many; a failure is a crash and says nothing of the numbers;
     - `divergence_rate`: diverged runs over those that trained to an end, done or diverged; NaN if there are none;
-    - `roughness`, `gap`, `norm_gap`: the runs' `roughness`, `train_eval_gap` and `norm_gap` (see `derive`);
+    - `roughness`: of the training loss of all runs, see `derive`;
+    - `gap`, `norm_gap`: `train_eval_gap` and `norm_gap` of the runs at the chosen setting, see `derive`;
     - `largest_stable_lr`: the largest learning rate among the settings at which some run is done, none diverged, and
       the mean result keeps half of the contender's best: within `|best| / 2` of it where more is better, within
       `|best|` where less is (a loss at most twice the lowest). None if there is none;
@@ -54,12 +57,9 @@ def find_stability(cells: Sequence[Cell], lower: bool) -> list[Stability]:
 
 
 def _stability(cells: Sequence[Cell], lower: bool) -> Stability:
-    names = ["state", "roughness", "train_eval_gap", "norm_gap"]
-    runs = pd.concat([cell.runs.reindex(columns=names) for cell in cells])
-    runs = runs[runs["state"] != "duplicate"]
+    runs, chosen = (_counted(group) for group in (cells, [cell for cell in cells if cell.chosen]))
     states = runs["state"].value_counts()
     done, diverged = int(states.get("done", 0)), int(states.get("diverged", 0))
-    chosen = next((cell.runs for cell in cells if cell.chosen), cells[0].runs)
     ended = chosen[chosen["state"].isin(["done", "diverged"])]
     return Stability(
         condition=cells[0].condition,
@@ -68,9 +68,9 @@ def _stability(cells: Sequence[Cell], lower: bool) -> Stability:
         diverged=diverged,
         failed=int(states.get("failed", 0)),
         roughness=estimate(runs["roughness"]),
-        gap=estimate(runs["train_eval_gap"]),
+        gap=estimate(chosen["train_eval_gap"]),
         largest_stable_lr=_largest_stable(cells, lower),
-        norm_gap=estimate(runs["norm_gap"]),
+        norm_gap=estimate(chosen["norm_gap"]),
         largest_lr=_largest(cells),
         steps=_median(ended["steps_to_target"]),
         seconds=_median(ended["seconds_to_target"]),
@@ -78,6 +78,12 @@ def _stability(cells: Sequence[Cell], lower: bool) -> Stability:
         ended=len(ended),
         divergence_rate=diverged / (done + diverged) if done + diverged else math.nan,
     )
+
+
+def _counted(cells: Sequence[Cell]) -> pd.DataFrame:
+    """What is needed of the cells' runs; a copy of a run is none."""
+    runs = pd.concat([cell.runs.reindex(columns=_NEEDED) for cell in cells])
+    return runs[runs["state"] != "duplicate"]
 
 
 def _largest(cells: Sequence[Cell]) -> float | None:
