@@ -52,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         from bnlight.run.survive.supervisor import STOPPED, how_to_continue
 
-        print(f"\n{how_to_continue(given)}", file=sys.stderr)
+        print(file=sys.stderr)
         if given[:1] in (["sweep"], ["train"]):
             say_how_to_compare()
+        print(how_to_continue(given), file=sys.stderr)
         return STOPPED
 
 
@@ -74,7 +75,7 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("adapt", help="test them with statistics adapted to those data too (adapt --help)")
     commands.add_parser("doctor", help="say what is wrong with the norms of a job, without running it")
     commands.add_parser(
-        "wandb", help="list W&B runs (wandb ls DIR), upload the offline ones (wandb sync DIR)"
+        "wandb", help="W&B runs: list (wandb ls DIR), upload (sync), look at (leet), report on (report)"
     )
     commands.add_parser("status", help="what the jobs of a sweep are doing (status DIR --watch)")
     commands.add_parser("prune", help="remove the checkpoints of finished jobs but the best (prune --help)")
@@ -130,7 +131,8 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         when = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it may write there"
-        print(f"The sweep ends here: {error}. The same command goes on when {when}.", file=sys.stderr)
+        what = "job" if sweep.current is None else "sweep"
+        print(f"The {what} ends here: {error}. The same command goes on when {when}.", file=sys.stderr)
         say_how_to_compare()
         return 1
     return failed
@@ -210,10 +212,14 @@ def adapt(arguments: list[str]) -> int:
 
 
 def wandb(arguments: list[str]) -> int:
-    """`bnlight wandb ls|sync DIR`: the W&B runs below a directory, and their upload."""
-    from bnlight.run.tracking.offline import main as offline
+    """`bnlight wandb ls|sync|leet|report DIR`: W&B runs listed, uploaded, shown and reported on."""
+    if arguments[:1] == ["report"]:
+        from bnlight.compare.report.command import main as report
 
-    return offline(arguments)
+        return report(arguments[1:])
+    from bnlight.run.tracking.command import main as runs
+
+    return runs(arguments)
 
 
 def status(arguments: list[str]) -> int:

@@ -125,8 +125,8 @@ class Comparison:
 def compare(
     *sources: Source,
     metric: str | None = None,
-    by: Sequence[str] | None = None,
-    tune: Sequence[str] | None = None,
+    by: str | Sequence[str] | None = None,
+    tune: str | Sequence[str] | None = None,
     where: str | Sequence[str] = (),
     target: float = 0.9,
     against: Source | None = None,
@@ -154,8 +154,7 @@ def compare(
     asked for, if there is no such setting, or if a filter is none or leaves nothing; OSError if an `output` that was
     asked for cannot be written.
     """
-    filters = (where,) if isinstance(where, str) else tuple(where)
-    question = Question(metric, by, tune, filters, target)
+    question = Question(metric, _listed(by), _listed(tune), _listed(where) or (), target)
     read = read_runs(*sources)
     folder = Path(output) if output is not None else default_output(read.directories)
     comparison = analyse(read, [str(source) for source in sources], question, folder)
@@ -171,6 +170,10 @@ def compare(
             raise
         comparison = replace(comparison, unwritten=f"{error.strerror or error}: {folder}")
     return comparison
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str] | None:
+    return [names] if isinstance(names, str) else None if names is None else list(names)
 
 
 def default_output(directories: Sequence[Path]) -> Path:
@@ -248,12 +251,10 @@ def _axes(read: Runs, question: Question, validation: str | None, finished: bool
     names, varying = [str(key) for key in read.configs], varying_keys(read.runs, read.configs)
 
     def full(asked: Sequence[str] | None) -> list[str] | None:
-        if asked is None:
-            return None
-        listed = [asked] if isinstance(asked, str) else asked
-        return list(dict.fromkeys(resolve(name, names, varying) for name in listed))
+        return None if asked is None else list(dict.fromkeys(resolve(name, names, varying) for name in asked))
 
-    searched = any((folder / "optimization_results.yaml").exists() for folder in read.directories)  # Optuna's
+    folders = {Path(path).parent for path in read.runs["path"].dropna()}
+    searched = any((folder / "optimization_results.yaml").exists() for folder in folders)  # Optuna's
     by, tune = full(question.by), full(question.tune)
     axes = find_axes(read.runs, read.configs, searched, by, tune)
     if validation or not axes.tuned or not finished:
