@@ -14,10 +14,9 @@ from typing import Any
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from bnlight.run.tracking.pieces import GLOBAL_STEP
+from bnlight.run.tracking.pieces import GLOBAL_STEP, KNOWN
 
 log = logging.getLogger(__name__)
-BEST = {"train/loss": "min", "val/loss": "min", "train/accuracy": "max", "val/accuracy": "max"}
 
 
 class JobLogger(WandbLogger):
@@ -95,7 +94,7 @@ def _define_metrics(run: Any, monitor: str | None, mode: str) -> None:
     run.define_metric(GLOBAL_STEP)
     run.define_metric("*", step_metric=GLOBAL_STEP, step_sync=True)
     run.define_metric("epoch", step_metric=GLOBAL_STEP, hidden=True)
-    for name, best in (BEST | ({monitor: mode} if monitor else {})).items():
+    for name, best in (KNOWN | ({monitor: mode} if monitor else {})).items():
         run.define_metric(name, step_metric=GLOBAL_STEP, summary=f"{best},last")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -18,9 +17,6 @@ from urllib.request import getproxies, proxy_bypass
 from bnlight.run.status import read_status
 from bnlight.run.tracking.pieces import Piece, read_piece
 
-USAGE = """\
-usage: bnlight wandb ls DIR...                  the W&B runs below DIR, piece by piece
-       bnlight wandb sync DIR... [--dry-run]    upload what was written offline, in order"""
 SECONDS_TO_CONNECT = 10.0
 FOLDER = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(.+)")
 
@@ -99,6 +95,8 @@ def show(runs: Sequence[Run]) -> None:
             print(f"    ! {problem}")
     waiting = sum(len(run.waiting) for run in runs)
     print(f"{len(runs)} runs, {waiting} pieces to upload" + (": bnlight wandb sync DIR" if waiting else ""))
+    if runs:
+        print("to look at them here: bnlight wandb leet DIR")
 
 
 def sync(runs: Sequence[Run], dry_run: bool) -> int:
@@ -134,39 +132,6 @@ def _upload(piece: Piece) -> int:
     """Run `wandb sync`; its own log goes beside the piece instead of into the working directory."""
     environment = os.environ | {"WANDB_DIR": str(piece.directory.resolve().parent.parent)}
     return subprocess.run([sys.executable, "-m", *command(piece)], env=environment, check=False).returncode
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`bnlight wandb ls|sync`; returns the exit code."""
-    if arguments[:1] not in (["ls"], ["sync"]):
-        print(USAGE, file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    what, *rest = arguments
-    parser = argparse.ArgumentParser(prog=f"bnlight wandb {what}", usage=USAGE)
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
-    if what == "sync":
-        parser.add_argument("--dry-run", action="store_true", help="print the commands, upload nothing")
-    options = parser.parse_args(rest)
-    try:
-        runs = find_runs(options.directories)
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if what == "ls":
-        show(runs)
-        return 0
-    from bnlight.run.tracking.logger import logged_in
-
-    if not options.dry_run and not logged_in():
-        print(
-            "W&B has no key here: `wandb login`, or set WANDB_API_KEY; --dry-run shows the commands",
-            file=sys.stderr,
-        )
-        return 2
-    if not options.dry_run and any(run.waiting for run in runs) and (silent := unreachable()):
-        print(f"{silent}; nothing was uploaded", file=sys.stderr)
-        return 2
-    return sync(runs, options.dry_run)
 
 
 def unreachable() -> str:
