@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from test_compare_builder import write_job, write_json, write_metrics, write_result, write_sweep
+from test_compare_builder import WITHOUT, write_job, write_json, write_metrics, write_result, write_sweep
 
 from bnlight.compare import compare, read_runs
 from bnlight.compare.derive import derive, lower_is_better
@@ -233,9 +233,7 @@ def test_a_directory_without_jobs_says_what_was_seen_and_what_to_do(tmp_path):
 def test_the_package_needs_neither_torch_nor_lightning_nor_hydra(tmp_path):
     write_sweep(tmp_path / "norms", norms=("batch", "renorm"), seeds=(0, 1))
     script = f"""
-import sys
-for name in ("torch", "lightning", "pytorch_lightning", "hydra", "omegaconf", "torchmetrics", "wandb"):
-    sys.modules[name] = None  # importing it raises ImportError
+{WITHOUT.format(names=("torch", "lightning", "pytorch_lightning", "hydra", "omegaconf", "torchmetrics", "wandb"))}
 import bnlight.compare
 print(bnlight.compare.compare({str(tmp_path / "norms")!r}))
 """
