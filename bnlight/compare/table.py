@@ -230,7 +230,8 @@ def _trouble(comparison: Comparison, console: Console) -> None:
     for run in _first(list(lost.itertuples())):
         reason = run.error if isinstance(run.error, str) else "no traceback was recorded"
         _line(console, Text.assemble((f"{run.state} ", "red"), run.job, ": ", reason))
-        _line(console, Text(f"  {comparison.directory / run.log}"))
+        where = comparison.directory / run.log if isinstance(run.log, str) else run.url
+        _line(console, Text(f"  {where or run.source}"))
     _more(console, len(lost), "failed or diverged jobs are in results.csv")
     unfinished = runs[runs["state"].isin(["running", "preempted", "interrupted"])]
     if len(unfinished):

@@ -48,17 +48,20 @@ def read_runs(*sources: str | Path) -> Runs:
     """Read every run of `sources`; what is broken becomes a note, never an error.
 
     A source is the directory of a sweep or of a single job, a directory of sweeps, a folder or file that W&B has
-    written offline. A run that is seen twice is counted once.
+    written offline, or `wandb:entity/project[/group]` on W&B's server. A run that is seen twice is counted once.
 
-    Raises FileNotFoundError if a source does not exist and ValueError if one holds no run.
+    Raises FileNotFoundError if a source does not exist, ValueError if one holds no run, and for W&B's server
+    PermissionError or ConnectionError if it does not let in or does not answer.
     """
     if not sources:
         raise TypeError("read_runs() expected a source, such as outputs/norms")
     notes: list[str] = []
     found = {run.folder.resolve() if run.folder else id(run): run for run in _found(sources, notes)}
+    if not found:
+        raise ValueError(f"no run could be read: {'; '.join(notes)}")
     runs = tell_apart(list(found.values()), notes)
     history = read_histories(runs)
-    directories = [Path(source) for source in sources]
+    directories = [Path(source) for source in sources if not str(source).startswith("wandb:")]
     rows = [_row(run, directories) for run in runs]
     configs = {run.key: flatten(run.config, run.row) for run in runs if run.config is not None}
     table = pd.DataFrame(rows).set_index("directory", drop=False).rename_axis(None)
@@ -68,6 +71,11 @@ def read_runs(*sources: str | Path) -> Runs:
 
 def _found(sources: Sequence[str | Path], notes: list[str]) -> Iterator[Run]:
     for source in sources:
+        if str(source).startswith("wandb:"):
+            from bnlight.compare.read.online import read_online
+
+            yield from read_online(str(source))
+            continue
         places = find(Path(source))
         notes += places.notes
         for folder in places.jobs:

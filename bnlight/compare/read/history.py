@@ -38,7 +38,7 @@ def read_histories(runs: Sequence[Run]) -> pd.DataFrame:
         if header.strip():
             by_header.setdefault(header, []).append((index, body))
     tables = [_parsed(header, bodies, runs) for header, bodies in by_header.items()]
-    tables.append(pd.DataFrame(lines).assign(**{NUMBER: numbers}))
+    tables.append(pd.DataFrame(lines).sort_index(axis="columns").assign(**{NUMBER: numbers}))
     tables = [table for table in tables if table is not None and len(table)]
     if not tables:
         return pd.DataFrame(columns=[*KEYS, "epoch", "time"])

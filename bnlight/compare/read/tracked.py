@@ -50,11 +50,10 @@ def run_of(tracked: Tracked) -> Run:
     lines = _lines(tracked.rows)
     state, error = _ended(tracked, lines)
     metrics = _metrics(lines, config if state == "done" else {})
-    metrics |= {
-        name: value
-        for name, value in tracked.summary.items()
-        if name not in metrics and name[0] != "_" and not math.isnan(number(value))
-    }
+    for name, value in tracked.summary.items():
+        value = value.get("last") if isinstance(value, dict) else value
+        if name not in metrics and name[0] != "_" and not math.isnan(number(value)):
+            metrics[name] = number(value)
     for name in (GLOBAL_STEP, *_INDEX):
         metrics.pop(name, None)
     own = {name: metrics.pop(name, None) for name in ("world_size", "seconds", "peak_memory")}
@@ -74,9 +73,9 @@ def run_of(tracked: Tracked) -> Run:
         "heartbeat": tracked.heartbeat,
     }
     row = row_of(tracked.name, config, status, result)
-    row["sweep"] = row["sweep"] or tracked.place[-1]
+    row["norm"], row["sweep"] = row["norm"] or "?", row["sweep"] or tracked.place[-1]
     run = Run(tracked.name, tracked.place, tracked.source, row, config, None, tracked.run_id, lines)
-    if row["norm"] in (None, "?"):
+    if row["norm"] == "?":
         run.notes.append("its W&B config has no norm (norm, or norm.name)")
     if not metrics:
         run.notes.append("no metric in W&B")
