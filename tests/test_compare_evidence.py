@@ -124,13 +124,13 @@ def learning_rates(root, norm, results):
 
 def test_the_largest_stable_rate_neither_diverges_nor_forgets_to_learn(tmp_path):
     learning_rates(tmp_path, "batch", {0.1: [0.9, 0.92], 0.4: [0.8, 0.5], 1.6: [0.1, 0.1]})
-    learning_rates(tmp_path, "renorm", {0.1: [0.93, 0.95], 0.4: [0.94, None], 1.6: [0.9, 0.9]})
+    learning_rates(tmp_path, "renorm", {0.1: [0.93, 0.95], 0.4: [0.94, 0.9], 1.6: [0.9, None]})
     learning_rates(tmp_path, "none", {0.1: [None, None], 0.4: [None, None], 1.6: [None, None]})
     batch, renorm, none = sorted(
         compare(tmp_path).evidence.stability, key=lambda s: ["batch", "renorm", "none"].index(s.contender)
     )
     assert (batch.largest_stable_lr, batch.largest_lr) == (0.4, 1.6)
-    assert (renorm.largest_stable_lr, renorm.largest_lr) == (1.6, 1.6)
+    assert (renorm.largest_stable_lr, renorm.largest_lr) == (0.4, 1.6)
     assert none.largest_stable_lr is None
     assert (batch.runs, batch.diverged, batch.divergence_rate) == (6, 0, 0.0)
     assert (renorm.diverged, renorm.divergence_rate) == (1, pytest.approx(1 / 6))
@@ -185,6 +185,7 @@ def test_fronts_are_within_a_condition_for_each_cost_that_was_measured(tmp_path)
     for batch_size in (4, 32):
         for norm, (accuracy, seconds, memory) in costs.items():
             job = write_job(tmp_path, norm=norm, settings={"data.batch_size": batch_size})
+            accuracy -= batch_size / 1000
             write_result(job, {"test/accuracy": accuracy, "test/loss": accuracy}, seconds=seconds)
             result = json.loads((job / "result.json").read_text()) | (
                 {"peak_memory": memory} if batch_size == 4 else {}

@@ -131,6 +131,14 @@ def test_less_is_better_for_a_loss(tmp_path):
     assert pair.difference == pytest.approx(0.0218)
 
 
+def test_who_is_better_is_told_by_the_common_seeds(tmp_path):
+    scored(tmp_path, "batch", [0.90, 0.91, 0.99])  # the better mean, by a seed that the other has not run
+    scored(tmp_path, "group", [0.92, 0.92])
+    pair = only_pair(tmp_path)
+    assert (pair.better, pair.worse, pair.n, pair.leading) == ("group", "batch", 2, True)
+    assert pair.difference == pytest.approx(0.015)
+
+
 def test_equal_results_are_exactly_equal_and_equal_differences_have_no_spread_to_test_by(tmp_path):
     scored(tmp_path, "batch", [0.5, 0.75, 0.625])
     scored(tmp_path, "group", [0.5, 0.75, 0.625])
