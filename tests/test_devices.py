@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from conftest import SMALL
 
-from bnlight.run.ranks import devices
 from bnlight.run.ranks.devices import Lease, devices_of, lease, leased_devices, visible_devices
+from bnlight.run.survive.held import held
 
 # A process that leases, notes when it held what, and says so.
 HOLDER = """
@@ -285,8 +285,9 @@ class Data(Digits):
 
 def test_a_forked_child_holds_no_locks() -> None:
     with lease(2, "cpu"):
+        assert len(held) == 2
         context = multiprocessing.get_context("fork")
-        child = context.Process(target=lambda: os._exit(len(devices._open)))
+        child = context.Process(target=lambda: os._exit(len(held)))
         child.start()
         child.join()
         assert child.exitcode == 0

@@ -16,8 +16,9 @@ import pytest
 from conftest import SMALL
 
 from bnlight.cli import main
+from bnlight.run.reached import announce, reach
 from bnlight.run.status import own, write_json
-from bnlight.run.watch import TOTAL, Reader
+from bnlight.run.watch import Reader
 
 
 def job(sweep: Path, name: str, **status: object) -> Path:
@@ -29,7 +30,9 @@ def test_status_reads_states_from_files_alone_and_a_dead_owner_is_no_running_job
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep, now = tmp_path / "norms", time.time()
-    write_json(sweep / TOTAL, {"total": 10})
+    announce(sweep, 10, "key")
+    for name in ("a", "b", "dead", "silent", "afar", "here"):
+        reach(sweep, "key", name)
     job(sweep, "a", state="done", seconds=100.0)
     job(sweep, "b", state="failed", error="ValueError: as asked\nand more", seconds=10.0)
     job(sweep, "dead", state="running", heartbeat=now)
@@ -53,6 +56,25 @@ def test_status_reads_states_from_files_alone_and_a_dead_owner_is_no_running_job
     assert overview.time_left() == pytest.approx((4 * 100 + 2 * 150) / 2, abs=2)
     assert content["counts"] == {"done": 1, "running": 2, "failed": 1, "interrupted": 2, "left": 4}
     assert main(["status", str(tmp_path / "none")]) == 2
+
+
+def test_jobs_to_come_are_those_of_the_last_sweep_whatever_else_the_folder_holds(tmp_path: Path) -> None:
+    first, second = tmp_path / "train", tmp_path / "norms"
+    announce(first, 3, "earlier")
+    for name in ("a", "b", "c"):
+        reach(first, "earlier", name)
+        job(first, name, state="done")
+    announce(first, 4, "later")
+    for name in ("c", "d", "c"):  # c is in both, and the command was given twice
+        reach(first, "later", name)
+    job(first, "d", state="failed")
+    announce(second, 5, "other")
+    reach(second, "other", "e")
+    job(second, "e", state="done")
+    assert Reader(first).read().left == 4 - len({"c", "d"})
+    overview = Reader(tmp_path).read()
+    assert overview.left == 2 + 4
+    assert overview.summary() == "5 of 11 jobs: 4 done, 1 failed, 6 left"
 
 
 def test_watching_is_plain_where_there_is_no_terminal_and_ends_with_the_sweep(

@@ -19,8 +19,9 @@ from typing import TextIO
 import numpy as np
 import torch
 
+from bnlight.lightning.stop import ASKING
+
 log = logging.getLogger(__name__)
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
@@ -41,7 +42,7 @@ def isolated() -> Iterator[None]:
     precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     threads = torch.get_num_threads()
     main = threading.current_thread() is threading.main_thread()
-    handlers = {name: signal.getsignal(name) for name in SIGNALS} if main else {}
+    handlers = {name: signal.getsignal(name) for name in ASKING} if main else {}
     frozen = gc.get_freeze_count() == 0  # else somebody else has frozen, and unfreezes
     if frozen:
         gc.freeze()  # the collection at the end looks at the job's own objects, not at all of torch's: 0.2 s

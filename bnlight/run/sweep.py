@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -13,15 +12,16 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bnlight.run.duration import duration as duration
+from bnlight.run.identity import NOT_IDENTITY
 from bnlight.run.launch.listed import each_job
+from bnlight.run.reached import announce, key_of
 from bnlight.run.read_once import read_once
-from bnlight.run.status import read_status, write_json
+from bnlight.run.status import read_status
 from bnlight.run.survive.command import JOURNAL, journal, note
 from bnlight.run.survive.lock import owner
-from bnlight.run.watch import TOTAL
 
 ENDED = ("done", "diverged", "failed")
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -33,6 +33,7 @@ class Sweep:
 
     directory: Path
     total: int | None
+    key: str = ""
     seconds: list[float] = field(default_factory=list)  # of the jobs that were run, not skipped
     inside_job: bool = False  # this process runs one job for a launcher; the sweep itself is elsewhere
 
@@ -56,10 +57,9 @@ class SweepProgress(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global current
         read_once()
-        current = Sweep(directory=Path(config.hydra.sweep.dir), total=_count(config))
+        current = Sweep(Path(config.hydra.sweep.dir), _count(config), _key(config))
         if JOURNAL in os.environ:  # not a dry run
-            with contextlib.suppress(OSError):  # for display alone
-                write_json(current.directory / TOTAL, {"total": current.total})
+            announce(current.directory, current.total, current.key)
             note("sweep", current.directory)
 
 
@@ -91,6 +91,17 @@ def others_failed() -> bool:
     """Whether a job of this command has failed in another process."""
     busy = {Path(entry["job"]) for entry in journal() if entry["event"] == "busy"}
     return any(read_status(path).get("state") == "failed" for path in busy)
+
+
+def _key(config: DictConfig) -> str:
+    """What the sweep's jobs are made from, without how they are run and shown."""
+    kept = [text for text in config.hydra.overrides.task if _top(text) not in NOT_IDENTITY]
+    sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+    return key_of([config.hydra.job.config_name, sorted(kept), sweeper])
+
+
+def _top(override: str) -> str:
+    return override.lstrip("+~").split("=")[0].split(".")[0]
 
 
 def _count(config: DictConfig) -> int | None:

@@ -18,9 +18,9 @@ from typing import Any
 from bnlight.run.duration import duration
 from bnlight.run.launch.submitted import has_begun, waiting
 from bnlight.run.prune import find_jobs
-from bnlight.run.status import read_json, read_status
+from bnlight.run.reached import to_come
+from bnlight.run.status import read_status
 
-TOTAL = ".sweep.json"  # how many jobs the last command has; for display alone
 STATES = ("done", "running", "submitted", "failed", "diverged", "preempted", "interrupted")
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 1.0, 60.0
 SHOWN = 12  # running jobs, and failures, in the view
@@ -55,16 +55,16 @@ class Job:
 
 @dataclass
 class Overview:
-    """All jobs of a directory, and how many the sweep has (0: it has not said)."""
+    """All jobs of a directory; `left` is how many more the last sweep there has, which have not begun."""
 
     directory: Path
-    total: int
+    left: int = 0
     jobs: list[Job] = field(default_factory=list)
 
     @property
-    def left(self) -> int:
-        """The jobs that have not begun."""
-        return max(0, self.total - len(self.jobs))
+    def total(self) -> int:
+        """Those that are there and those to come."""
+        return self.left + len(self.jobs)
 
     def of(self, *states: str) -> list[Job]:
         """The jobs in one of `states`."""
@@ -120,13 +120,15 @@ class Reader:
 
     def read(self) -> Overview:
         """The directory as it is now. Raises FileNotFoundError if there is none."""
-        total = int(read_json(self.directory / TOTAL).get("total") or 0)
         found = {path: self._job(path) for path in find_jobs(self.directory)}
+        left = 0
         for sweep in {self.directory, *(path.parent for path in found)}:
-            for name, number in waiting(sweep).items():
+            submitted = waiting(sweep)
+            for name, number in submitted.items():
                 if not has_begun(sweep / name, number):
                     found[sweep / name] = Job(name, "submitted", slurm_job=number)
-        return Overview(self.directory, total, [found[path] for path in sorted(found)])
+            left += to_come(sweep, submitted)
+        return Overview(self.directory, left, [found[path] for path in sorted(found)])
 
     def _job(self, directory: Path) -> Job:
         changed = (directory / "status.json").stat().st_mtime_ns
@@ -148,7 +150,7 @@ def show(directory: Path, as_json: bool = False) -> int:
         jobs = [asdict(job) for job in overview.jobs]
         head = {
             "directory": str(directory),
-            "total": overview.total or len(jobs),
+            "total": overview.total,
             "counts": overview.counts(),
         }
         print(json.dumps(head | {"time_left": overview.time_left(), "jobs": jobs}, indent=2))
@@ -193,7 +195,7 @@ def view(overview: Overview) -> Any:
 
     over = len(overview.of("done", "diverged", "failed"))
     head = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=max(overview.total, len(overview.jobs), 1), completed=over, width=20)
+    bar = ProgressBar(total=max(overview.total, 1), completed=over, width=20)
     head.add_row(bar, Text(overview.summary(), no_wrap=True, overflow="ellipsis"))
     rows = Table.grid(padding=(0, 1))
     for job in overview.of("running")[:SHOWN]:

@@ -15,11 +15,11 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 
+from bnlight.lightning.stop import ASKING
 from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_done
 from bnlight.run.ranks.devices import visible_devices
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
 
 
@@ -43,7 +43,7 @@ class Parallel(BnlightLauncher):
             runs = joblib.Parallel(n_jobs=number, backend="threading", batch_size=1, **self._rest())(
                 joblib.delayed(self._one)(job, forks, live, stopped) for job in jobs
             )
-        if stopped and stopped[0] in PASSED_ON:
+        if stopped and stopped[0] in ASKING:
             raise KeyboardInterrupt
         return dict(zip([job.number for job in jobs], runs, strict=True))
 
@@ -179,7 +179,7 @@ def passing_on(processes: Callable[[], list[int]]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = {signum: signal.signal(signum, pass_on) for signum in PASSED_ON}
+    before = {signum: signal.signal(signum, pass_on) for signum in ASKING}
     try:
         yield came
     finally:

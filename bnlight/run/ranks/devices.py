@@ -20,22 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from bnlight.run.survive.held import held
+
 MADE_UP = "BNLIGHT_DEVICES"  # ids to lease instead of the machine's, such as a,b,c: for tests without a GPU
 LEASED = "BNLIGHT_LEASED"  # what the Trainer of a job is given as `devices`
 FOLDER = "BNLIGHT_LEASES"  # where the locks are; one folder per machine and user
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_SAY = 1.0  # a wait that is shorter than this needs no words
-
-_open: set[IO[str]] = set()  # the locks this process holds; a forked child must not keep them alive
-
-
-def _forget_in_child() -> None:
-    for file in _open:
-        file.close()
-    _open.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @dataclass
@@ -181,14 +172,14 @@ def _lock(path: Path, kind: int) -> IO[str] | None:
     except BlockingIOError:
         file.close()
         return None
-    _open.add(file)
+    held.add(file)
     return file
 
 
 def _release(file: IO[str]) -> None:
     for lock in (file, _whole_of.pop(file, None)):
         if lock is not None:
-            _open.discard(lock)
+            held.discard(lock)
             lock.close()
 
 

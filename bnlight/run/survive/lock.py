@@ -18,21 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from bnlight.run.survive.held import held
+
 STALE_SECONDS = 120.0  # an owner on another host that has been silent for longer is a dead one
 SECONDS_BETWEEN_BEATS = 15.0
 LENGTH = 400  # of what an owner writes: process, host, turn
 ATTEMPTS, SECONDS_BETWEEN_ATTEMPTS = 5, 0.1  # a reader that only looks holds the lock for an instant
-
-_open: set[IO[str]] = set()  # the locks this process holds; a forked child must not keep them alive
-
-
-def _forget_in_child() -> None:
-    for file in _open:
-        file.close()
-    _open.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class JobBusy(RuntimeError):
@@ -54,7 +45,7 @@ def own(directory: Path) -> Iterator[float | None]:
             raise JobBusy(_busy(directory, before))
         turn = _claim(directory, int(before.get("turn", 0)) + 1)
         _write(lock, {"pid": os.getpid(), "host": socket.gethostname(), "turn": turn})
-        _open.add(lock)
+        held.add(lock)
         stop = threading.Event()
         beat = threading.Thread(target=_beat, args=(directory / ".lock", stop), daemon=True)
         beat.start()
@@ -66,7 +57,7 @@ def own(directory: Path) -> Iterator[float | None]:
             with contextlib.suppress(OSError):  # the disk is full: the lock is freed all the same
                 _write(lock, {"pid": None, "host": socket.gethostname(), "turn": turn})
             (directory / f".claim-{turn}").unlink(missing_ok=True)
-            _open.discard(lock)
+            held.discard(lock)
 
 
 def owner(directory: Path) -> dict[str, Any]:

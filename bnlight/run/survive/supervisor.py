@@ -16,13 +16,14 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from bnlight.lightning.stop import ASKING
 from bnlight.run.ranks.processes import PARENT, die_with_parent, ended_how, parenthood
 from bnlight.run.screen import Screen, is_wanted
 from bnlight.run.status import read_json, update_status
 from bnlight.run.survive.command import DIED, WORKER, command, journal, note, unfinished
 from bnlight.run.survive.lock import owner
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (*ASKING, signal.SIGHUP)
 FROM_TERMINAL = 0x80  # si_code SI_KERNEL: the terminal sent it, to the worker as well
 SECONDS_OF_ONE_PRESS = 0.5
 STOPPED = 130
