@@ -141,6 +141,8 @@ def test_a_given_weight_counts_instead(ranks: Ranks):
     (one, after), (two, other) = ranks.run(weighed, [30.0, 10.0])
     torch.testing.assert_close(after, 0.75 * one + 0.25 * two)
     assert torch.equal(after, other)
+    with pytest.raises(TypeError, match="process_group must be None, 'world' or a ProcessGroup, got 'word'"):
+        reduce_statistics(BatchNorm(3), "word")  # also in a process that is alone
     with pytest.raises(ValueError, match="weight must be a number of at least 0, got -1"):
         reduce_statistics(nn.BatchNorm1d(3), weight=-1)
 

@@ -57,7 +57,7 @@ def overheads() -> list[Moment]:
 
 
 def cpu_of_children() -> float:
-    """CPU seconds that the children of this process (W&B's service) have used for each job after the first, on Linux."""
+    """CPU seconds that this process's children (W&B's service) have used for each job after the first, on Linux."""
     return (_cpu_of_children() - _of_children[0]) / (len(_begun) - 1)
 
 

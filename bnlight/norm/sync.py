@@ -22,6 +22,12 @@ _meetings: WeakValueDictionary[int, "Meeting"] = WeakValueDictionary()
 _PURPOSES = ("forward", "averages", "backward")
 
 
+def check_group(group: ProcessGroup) -> None:
+    """Raise TypeError for what is no process group, also where there are no ranks yet."""
+    if group is not None and group != "world" and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be None, 'world' or a ProcessGroup, got {group!r}")
+
+
 class Meeting:
     """Where a layer meets itself on the other ranks: in which group, under which name, for how long.
 
@@ -37,8 +43,7 @@ class Meeting:
         width: int = 0,
         timeout: float | None = None,
     ) -> None:
-        if group is not None and group != "world" and not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"process_group must be None, 'world' or a ProcessGroup, got {group!r}")
+        check_group(group)
         self.group, self.layer, self.path, self.width, self.timeout = group, layer, path, width, timeout
         self.calls: Counter[str] = Counter()
         self.number = next(_numbers)

@@ -6,14 +6,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bnlight.norm.sync import ProcessGroup
+from bnlight.norm.sync import ProcessGroup, check_group
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def number_of_ranks(group: ProcessGroup) -> int:
-    """How many ranks of the group there are; 1 without a process group, and outside of the group."""
-    if group is None or not (dist.is_available() and dist.is_initialized()):
+    """How many ranks of the group there are; 1 without a process group, and outside of the group.
+
+    Raises TypeError for what is no group.
+    """
+    ready = dist.is_available() and dist.is_initialized()
+    if not (ready and isinstance(group, int)):  # as torch marks a group that this rank is outside of
+        check_group(group)
+    if group is None or not ready:
         return 1
     return max(1, dist.get_world_size(None if group == "world" else group))
 

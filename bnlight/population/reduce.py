@@ -36,7 +36,8 @@ def reduce_statistics(
     DistributedDataParallel with `broadcast_buffers=True` overwrites the other ranks' averages by rank 0's at each
     forward: set it False, or there is nothing of theirs to merge but the last batch.
 
-    Raises RuntimeError on every rank if their models have different layers; ValueError for a negative weight.
+    Raises RuntimeError on every rank if their models have different layers; ValueError for a negative weight;
+    TypeError for what is no process group.
 
     Source: the variance of a mixture of the ranks' distributions; see Chan et al. 1983 (doi
     10.1080/00031305.1983.10483115) for merging moments.
@@ -50,7 +51,7 @@ def reduce_statistics(
         if isinstance(layer, _InstanceNorm) and layer.running_mean is not None
     }
     layers = {path: layer for path, layer in layers.items() if not frozen(layer, net)}
-    if not layers or number_of_ranks(process_group) == 1:
+    if number_of_ranks(process_group) == 1 or not layers:
         return model
     parts = {path: [_weight(layer, weight), *_averages(layer).values()] for path, layer in layers.items()}
     with torch.inference_mode(False), torch.no_grad():

@@ -105,7 +105,7 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def is_norm(module: nn.Module) -> bool:
+def resembles_norm(module: nn.Module) -> bool:
     """Whether the module is a known norm, or looks like another library's: by name, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
         return is_scripted_norm(module)

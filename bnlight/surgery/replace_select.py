@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from bnlight.norm.paths import is_compiled, matching
 from bnlight.surgery.dress import own_class
-from bnlight.surgery.replace_kinds import base_of, is_norm
+from bnlight.surgery.replace_kinds import base_of, resembles_norm
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A pattern of paths, a class, or a function of path and layer."""
@@ -40,7 +40,7 @@ def norms_of(root: nn.Module) -> dict[nn.Module, list[str]]:
 
 def _norms(module: nn.Module, path: str, above: tuple[nn.Module, ...]) -> Iterator[tuple[str, nn.Module]]:
     """Every norm at every path, without what torch.compile puts into them."""
-    if is_norm(module):
+    if resembles_norm(module):
         yield path, module
     elif module not in above and not isinstance(module, parametrize.ParametrizationList):
         for name, child in module._modules.items():
