@@ -18,6 +18,8 @@ from bnlight.compare.verdict import metric_words
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
 
+_LISTED = 5  # settings that the two hold at different values, in the text
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -59,6 +61,16 @@ class Against:
     only_here: list[str]
     only_there: list[str]
     settings: list[str]
+
+    @property
+    def lines(self) -> list[str]:
+        """What stands below the verdict: each difference, what only one has, and what else differs."""
+        lines = [one.text for one in self.differences]
+        lines += [f"only here: {', '.join(self.only_here)}"] if self.only_here else []
+        lines += [f"only in {self.name}: {', '.join(self.only_there)}"] if self.only_there else []
+        more = f" and {len(self.settings) - _LISTED} more" if len(self.settings) > _LISTED else ""
+        differ = f"the two also differ in {'; '.join(self.settings[:_LISTED])}{more}"
+        return [*lines, differ] if self.settings else lines
 
 
 def find_against(here: Comparison, there: Comparison) -> Against:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from bnlight.compare import page, table
+from bnlight.compare import table
 from bnlight.compare.against import Against, find_against
 from bnlight.compare.axes import Axes, find_axes, varying_keys
 from bnlight.compare.caveats import caveats
@@ -20,10 +19,10 @@ from bnlight.compare.derive import Monitor, derive, monitor_of
 from bnlight.compare.evidence import Evidence, gather
 from bnlight.compare.evidence.repeats import repeats_of
 from bnlight.compare.read import Runs, read_runs
+from bnlight.compare.results import default_output, write
 from bnlight.compare.stats import Cell, pick_metric, validation_metric
 from bnlight.compare.verdict import Finding, findings, headline, terms
 from bnlight.compare.where import resolve, select
-from bnlight.run.status import write_atomic
 
 Source = str | Path
 
@@ -162,27 +161,11 @@ def compare(
         same = replace(question, metric=comparison.metric)
         other = analyse(read_runs(against), [str(against)], same, folder)
         comparison = replace(comparison, against=find_against(comparison, other))
-    try:
-        write_atomic(comparison.results_csv, results_table(comparison).to_csv(index=False))
-        write_atomic(comparison.page, page.render(comparison))
-    except OSError as error:
-        if output is not None:
-            raise
-        comparison = replace(comparison, unwritten=f"{error.strerror or error}: {folder}")
-    return comparison
+    return write(comparison, asked=output is not None)
 
 
 def _listed(names: str | Sequence[str] | None) -> list[str] | None:
     return [names] if isinstance(names, str) else None if names is None else list(names)
-
-
-def default_output(directories: Sequence[Path]) -> Path:
-    """Where a comparison of these sources is written unless it is told: see `compare`."""
-    folders = [path if path.is_dir() else path.parent for path in directories]
-    if len(folders) == 1:
-        return folders[0]
-    shared = os.path.commonpath([folder.absolute() for folder in folders]) if folders else "."
-    return Path(os.path.relpath(shared)) / "comparison"
 
 
 def analyse(read: Runs, sources: list[str], question: Question, output: Path) -> Comparison:
@@ -268,32 +251,3 @@ def _axes(read: Runs, question: Question, validation: str | None, finished: bool
         )
     untuned = f"No run has a validation result to choose {keys} by, so none is tuned: a test result must not choose."
     return find_axes(read.runs, read.configs, searched, by, []), [untuned]
-
-
-def results_table(comparison: Comparison) -> pd.DataFrame:
-    """The rows of `results.csv`: every job, with the settings that vary where no other column has them."""
-    runs = comparison.runs.copy()
-    runs["target"] = comparison.target
-    for key in reversed([*comparison.axes.keys, *comparison.axes.averaged]):
-        if key not in runs and key not in ("data.batch_size", "optimizer.lr"):
-            runs.insert(2, key, comparison.configs[key].reindex(runs.index))
-    order = {"test": 0, "best_val": 1, "val": 2}
-    metrics = sorted(
-        (n for n in map(str, runs) if "/" in n), key=lambda n: (order.get(n.partition("/")[0], 3), n)
-    )
-    last = [
-        "seconds",
-        "error",
-        "directory",
-        "log",
-        "wandb",
-        "url",
-        "identity",
-        "overrides",
-        "git",
-        "versions",
-    ]
-    last += ["hardware"]
-    absolute = ["path", "source"]  # they would not survive a move of the folder
-    first = [str(name) for name in runs if name not in (*metrics, *last, *absolute)]
-    return runs[[*first, *metrics, *(name for name in last if name in runs)]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bnlight.compare.table import Column, against_lines, columns, leads, plain, summary, sweep_name
+from bnlight.compare.table import Column, columns, leads, plain, summary, sweep_name
 
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
@@ -71,7 +71,7 @@ def as_markdown(comparison: Comparison) -> str:
         "\n".join(f"- {caveat}" for caveat in comparison.caveats),
     ]
     if comparison.against:
-        lines = [f"- {line}" for line in against_lines(comparison.against)]
+        lines = [f"- {line}" for line in comparison.against.lines]
         parts += [f"**{comparison.against.verdict}**", "\n".join(lines)]
     return "\n\n".join(part for part in parts if part)
 

@@ -22,7 +22,6 @@ from bnlight.compare.stats import Cell, number
 from bnlight.compare.verdict import is_tuned, metric_words, milliseconds
 
 if TYPE_CHECKING:
-    from bnlight.compare.against import Against
     from bnlight.compare.comparison import Comparison
 
 _LISTED = 10  # failed jobs and notes printed in full; the rest are in results.csv
@@ -163,7 +162,7 @@ def render(comparison: Comparison, console: Console) -> None:
     if comparison.against:
         console.print()
         say(comparison.against.verdict, style="bold")
-        for text in against_lines(comparison.against):
+        for text in comparison.against.lines:
             say(text, first="  - ", then="    ")
     _trouble(comparison, console)
     _paths(comparison, console)
@@ -198,15 +197,6 @@ def leads(comparison: Comparison, cell: Cell) -> bool:
     """Whether the cell has the best mean under its condition."""
     found = [f for f in comparison.findings if f.condition == cell.condition]
     return cell.chosen and any(finding.best == cell.contender for finding in found)
-
-
-def against_lines(against: Against) -> list[str]:
-    """What stands below the verdict on another sweep: each difference, what only one has, and what else differs."""
-    lines = [one.text for one in against.differences]
-    lines += [f"only here: {', '.join(against.only_here)}"] if against.only_here else []
-    lines += [f"only in {against.name}: {', '.join(against.only_there)}"] if against.only_there else []
-    lines += [f"the sweeps differ in {'; '.join(_first(against.settings))}"] if against.settings else []
-    return lines
 
 
 def sweep_name(comparison: Comparison) -> str:
