@@ -157,6 +157,15 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(sweep, capsys, argument
     assert "Traceback" not in errors
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(sweep):
+    command = f"{sys.executable} -m bnlight compare {sweep} --format json | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "{\n")
+    assert "Error" not in done.stderr
+
+
 def test_several_sweeps_are_written_beside_each_other(sweep, capsys):
     write_sweep("outputs/more", ("group",), (0, 1), settings={"data.batch_size": 4})
     code, text, _ = run(capsys, sweep, "outputs/more")

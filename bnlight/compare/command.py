@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,12 +72,14 @@ def main(arguments: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if chosen == "text":
-        comparison.print()
-        return 0
-    print(FORMATS[chosen](comparison))
-    for line in comparison.places():
-        print(line, file=sys.stderr)
+    try:
+        if chosen == "text":
+            comparison.print()
+        else:
+            print(FORMATS[chosen](comparison), flush=True)
+            print("\n".join(comparison.places()), file=sys.stderr)
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
