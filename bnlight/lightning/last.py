@@ -26,6 +26,7 @@ from bnlight.lightning.rank_state import (
     set_generators,
 )
 from bnlight.lightning.stop import Stopped, StopRequest, seconds
+from bnlight.lightning.workers import draw_anew, persistent, restart
 
 log = logging.getLogger(__name__)
 NOTHING, SAVE, STOP = 0, 1, 100  # what the ranks agree on; STOP + the signal's number
@@ -75,12 +76,21 @@ class LastCheckpoint(pl.Callback):
             return
         self.request.notice()
         fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        set_up, advance = fit.setup_data, epoch.advance
+        set_up, advance, set_up_validation = fit.setup_data, epoch.advance, epoch.val_loop.setup_data
 
         def note_and_set_up() -> None:
             if fit._combined_loader is None:  # the first epoch's iterator is made here
                 self._note_epoch(trainer)
+            before = fit._combined_loader
             set_up()
+            if fit._combined_loader is not before:
+                self._prepare_workers(trainer)
+
+        def set_up_validation_and_prepare() -> None:
+            set_up_validation()
+            if (loaders := epoch.val_loop._combined_loader) is not None:
+                for loader in persistent(loaders.flattened):
+                    draw_anew(loader)
 
         def advance_after_us(fetcher: Any) -> None:
             self._between_batches(trainer, fetcher)
@@ -88,6 +98,7 @@ class LastCheckpoint(pl.Callback):
 
         fit.setup_data = note_and_set_up  # type: ignore[method-assign]
         epoch.advance = advance_after_us  # type: ignore[method-assign,assignment]
+        epoch.val_loop.setup_data = set_up_validation_and_prepare  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.request.listen()  # after Lightning's own handlers
@@ -119,8 +130,10 @@ class LastCheckpoint(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.request.release()
-        for loop, name in ((trainer.fit_loop, "setup_data"), (trainer.fit_loop.epoch_loop, "advance")):
-            vars(loop).pop(name, None)
+        epoch = trainer.fit_loop.epoch_loop
+        for loop in (trainer.fit_loop, epoch, epoch.val_loop):
+            for name in ("setup_data", "advance"):
+                vars(loop).pop(name, None)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -156,6 +169,17 @@ class LastCheckpoint(pl.Callback):
 
     def _note_epoch(self, trainer: pl.Trainer) -> None:
         self._epoch_begun = generators(trainer.strategy.root_device)
+
+    def _prepare_workers(self, trainer: pl.Trainer) -> None:
+        """Lightning has started the first epoch's workers already; those of later epochs are to be like new ones."""
+        loader = trainer.fit_loop._combined_loader
+        workers = persistent(loader.flattened) if loader is not None else []
+        if workers and self._epoch_begun is not None:
+            for one in workers:
+                restart(one)
+                draw_anew(one)
+            set_generators(self._epoch_begun, trainer.strategy.root_device)
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def _between_batches(self, trainer: pl.Trainer, fetcher: Any) -> None:
         if self._loaded is not None:
@@ -208,6 +232,8 @@ class LastCheckpoint(pl.Callback):
             iter(fetcher)
             fetcher.fetched += seen
         if not all(hasattr(one, "load_state_dict") for one in loader.flattened):
+            for one in persistent(loader.flattened):
+                restart(one)
             set_generators(state["epoch_begun"], device)
             iter(fetcher)
             for _ in range(seen):
