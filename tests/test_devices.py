@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from conftest import SMALL
 
+from bnlight.run.ranks import devices
 from bnlight.run.ranks.devices import Lease, devices_of, lease, leased_devices, visible_devices
 from bnlight.run.survive.held import held
 

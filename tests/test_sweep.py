@@ -188,5 +188,7 @@ def test_the_label_says_which_job_of_how_many_and_what_is_left() -> None:
     assert sweep.label(0) == "[ 1/18]"
     sweep.seconds = [10.0, 20.0]
     assert sweep.label(12) == "[13/18, 90 s left]"
+    sweep.at_a_time = 3
+    assert sweep.label(12) == "[13/18, 30 s left]"
     assert Sweep(Path(), total=None).label(4) == "[5]"
     assert [duration(seconds) for seconds in (3, 240, 7800)] == ["3 s", "4 min", "2 h 10 min"]

@@ -35,6 +35,7 @@ class Sweep:
     total: int | None
     key: str = ""
     seconds: list[float] = field(default_factory=list)  # of the jobs that were run, not skipped
+    at_a_time: int = 1
     inside_job: bool = False  # this process runs one job for a launcher; the sweep itself is elsewhere
 
     def label(self, number: int) -> str:
@@ -44,7 +45,7 @@ class Sweep:
         place = f"{number + 1:>{len(str(self.total))}}/{self.total}"
         if not self.seconds:
             return f"[{place}]"
-        left = sum(self.seconds) / len(self.seconds) * (self.total - number)
+        left = sum(self.seconds) / len(self.seconds) * (self.total - number) / self.at_a_time
         return f"[{place}, {duration(left)} left]"
 
 

@@ -13,12 +13,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 
 from bnlight.lightning.stop import ASKING
+from bnlight.run import sweep
 from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_done
 from bnlight.run.ranks.devices import visible_devices
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
+from bnlight.run.status import read_json
 
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
 
@@ -38,6 +40,8 @@ class Parallel(BnlightLauncher):
         number = self._at_a_time(joblib.effective_n_jobs)
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(["bnlight.run.train", "bnlight.run.launch.launchers"])
+        if sweep.current is not None:
+            sweep.current.at_a_time = number
         live: dict[int, int] = {}  # process id by job number
         with threads_for(number), passing_on(lambda: list(live.values())) as stopped:
             runs = joblib.Parallel(n_jobs=number, backend="threading", batch_size=1, **self._rest())(
@@ -84,6 +88,9 @@ class Parallel(BnlightLauncher):
             returned = not_done(job, "stopped")
         elif returned is None:
             returned = self.failed(job, f"the process {ended_how(process.exitcode)}")
+        took = read_json(job.directory() / "status.json").get("seconds")
+        if job.sweep is not None and returned.status == JobStatus.COMPLETED and took:
+            job.sweep.seconds.append(took)  # for the labels of the jobs that are started from now on
         if self.stops_after(returned):
             stopped.append(0)
         return returned
