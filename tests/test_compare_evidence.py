@@ -74,21 +74,23 @@ def test_blocks_are_the_seeds_of_each_condition_that_all_contenders_share(tmp_pa
     assert ranking.blocks == 4
 
 
-def test_who_diverged_ranks_last_and_who_never_finished_is_named(tmp_path):
+def test_who_diverged_ranks_last_and_who_never_ran_is_named(tmp_path):
     for norm, results in {"batch": [0.9, 0.9], "group": [0.91, 0.91], "renorm": [0.95]}.items():
         scored(tmp_path, norm, results)
     write_job(tmp_path, norm="renorm", seed=1, state="diverged")
+    for seed in (0, 1):
+        write_job(tmp_path, norm="instance", seed=seed, state="diverged")
     write_job(tmp_path, norm="tanh", state="failed")
     evidence = compare(tmp_path).evidence
     assert dict(zip(evidence.ranking.contenders, evidence.ranking.mean_ranks, strict=True)) == {
-        "group": 1.5, "renorm": 2.0, "batch": 2.5,
+        "group": 1.5, "renorm": 2.25, "batch": 2.5, "instance": 3.75,
     }  # fmt: skip
-    assert "The ranking leaves out tanh: no run finished." in evidence.notes
+    assert "The ranking leaves out tanh: no run finished or diverged." in evidence.notes
 
 
 @pytest.mark.parametrize(
     ("norms", "seeds", "why"),
-    [(("batch", "group"), (0, 1, 2), "at least 3 contenders with results; there are 2"),
+    [(("batch", "group"), (0, 1, 2), "at least 3 contenders that ran; there are 2"),
      (("batch", "group", "layer"), (0,), "at least 2 seeds or conditions that all contenders share; there is 1")],
 )  # fmt: skip
 def test_without_enough_to_rank_the_reason_is_given(tmp_path, norms, seeds, why):

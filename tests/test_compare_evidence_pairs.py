@@ -184,14 +184,14 @@ def test_two_seeds_have_an_interval_but_no_effect(tmp_path):
     assert pair.text.endswith("two seeds are too few to say how many more it needs.")
 
 
-def test_seeds_that_a_contender_lost_are_named(tmp_path):
+def test_runs_that_a_contender_lost_are_named(tmp_path):
     scored(tmp_path, "batch", [0.9, 0.92, 0.91, 0.93, 0.9])
     scored(tmp_path, "renorm", [0.94, 0.96, 0.93])
     for seed, state in ((3, "diverged"), (4, "failed")):
         write_job(tmp_path, norm="renorm", seed=seed, state=state)
     pair = only_pair(tmp_path)
     assert pair.n == 3
-    assert pair.text.endswith(" renorm lost 2 of 5 seeds (1 diverged, 1 failed): no number here shows that.")
+    assert pair.text.endswith(" renorm lost 2 of 5 runs (1 diverged, 1 failed): no number here shows that.")
 
 
 def test_a_result_that_is_no_number_is_in_no_pair(tmp_path):

@@ -189,7 +189,7 @@ def _lost(cell: Cell) -> str:
         return ""
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     total = int((cell.runs["state"] != "duplicate").sum())
-    return f"{cell.contender} lost {sum(states.values())} of {total} seeds ({counts})"
+    return f"{cell.contender} lost {sum(states.values())} of {total} runs ({counts})"
 
 
 def _text(pair: Pair, lost: dict[str, str]) -> str:
