@@ -148,12 +148,12 @@ def scored(root, norm, accuracies, settings=None, validation=None, **options):
         write_metrics(job, [{"attempt": 1, "step": 9, "epoch": 0, "time": 0, "val/accuracy": value}])
 
 
-def write_offline_run(folder, run_id, config, rows, exit_code=0):
+def write_offline_run(folder, run_id, config, rows, exit_code=0, project="bnlight"):
     """Write a run as W&B does offline: protobuf records in LevelDB's framing. Without an exit code it was killed."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     begin = Record()
-    begin.run.run_id, begin.run.display_name, begin.run.project = run_id, f"run {run_id}", "bnlight"
+    begin.run.run_id, begin.run.display_name, begin.run.project = run_id, f"run {run_id}", project
     for key, value in config.items():
         begin.run.config.update.add(key=key, value_json=json.dumps(value))
     records = [begin]

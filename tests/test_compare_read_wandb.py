@@ -196,6 +196,28 @@ def test_a_file_that_is_cut_off_anywhere_is_an_interrupted_run_or_a_note(only_wa
     assert len(rest.notes) == 1
 
 
+def test_runs_of_equal_names_and_ids_in_two_projects_are_two_and_odd_settings_are_no_error(
+    tmp_path: Path,
+) -> None:
+    rows = [{"_step": 0, "step": 5, "loss": 1.0, "state": 2.0}, {"_step": 1, "loss": 0.5, "time": 3.0}]
+    for project in ("mine", "yours"):
+        config = {
+            "norm": ["batch", "layer"],
+            "seed": [1, 2],
+            "job": "an own word",
+            "data": {"batch_size": "x"},
+        }
+        folder = tmp_path / project / "offline-run-20260101_000000-baseline"
+        write_offline_run(folder, "baseline", config, rows, project=project)
+    read = read_runs(tmp_path)
+    assert sorted(read.runs.index) == ["mine/run baseline", "yours/run baseline"]
+    assert (read.runs["state"] == "done").all()
+    assert (read.runs["result/state"] == 2).all()
+    assert read.history["step"].tolist() == [0, 1, 0, 1]
+    assert len(read.notes) == 2  # of the norm
+    compare(tmp_path)
+
+
 def test_a_thousand_offline_runs_are_all_there(tmp_path: Path) -> None:
     for number in range(1000):
         folder = tmp_path / f"sweep-{number % 2}" / "wandb" / f"offline-run-20260101_000000-{number:08d}"

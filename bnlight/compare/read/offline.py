@@ -20,6 +20,7 @@ class _Piece:
     path: Path
     run_id: str = ""
     name: str = ""
+    project: str = ""
     place: tuple[str, ...] = ()
     started: float = 0.0
     git: str | None = None
@@ -54,7 +55,7 @@ def read_offline(paths: Iterable[Path], source: str, notes: list[str]) -> Iterat
 def _joined(pieces: list[_Piece], source: str) -> Tracked:
     last = pieces[-1]
     code = last.exit_code
-    tracked = Tracked(last.run_id, last.name or last.run_id, last.place, source, git=last.git)
+    tracked = Tracked(last.run_id, last.name or last.run_id, last.project, last.place, source, git=last.git)
     tracked.state = "running" if code is None else "failed" if code else "finished"
     tracked.heartbeat = last.heartbeat
     tracked.attempts = len(pieces)
@@ -81,7 +82,8 @@ def _read(file: Path) -> _Piece:
             piece.heartbeat = content.timestamp.ToMicroseconds() / 1e6
         elif kind == "run":
             piece.run_id, piece.name = content.run_id, content.display_name
-            where = (content.entity, content.project or "uncategorized", content.run_group)
+            piece.project = content.project or "uncategorized"
+            where = (content.entity, piece.project, content.run_group)
             piece.place = tuple(part for part in where if part)
             piece.started = piece.heartbeat = content.start_time.ToMicroseconds() / 1e6
             piece.git = content.git.commit or None

@@ -133,6 +133,7 @@ def _tracked(run: Any, history: Sequence[Mapping[str, Any]], source: str) -> Tra
     return Tracked(
         run.id,
         run.name or run.id,
+        run.project,
         tuple(place),
         source,
         state=run.state,

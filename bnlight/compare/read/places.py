@@ -9,7 +9,6 @@ from pathlib import Path
 
 from bnlight.compare.read.run import why
 
-PIECE = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(.+)")  # W&B's name of a run's folder
 _JOB = re.compile(r"^job:", re.MULTILINE)
 
 
@@ -89,4 +88,4 @@ def _is_job(folder: Path) -> bool:
 
 
 def _is_piece(folder: Path) -> bool:
-    return PIECE.fullmatch(folder.name) is not None or any(folder.glob("*.wandb"))
+    return any(folder.glob("*.wandb"))

@@ -28,6 +28,7 @@ class Run:
     config: dict[str, Any] | None = None
     folder: Path | None = None
     wandb_id: str | None = None
+    project: str | None = None
     lines: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     key: str = ""
@@ -45,7 +46,7 @@ def row_of(
         "norm": _norm(config) if config else None,
         "model": _choice(config, "model"),
         "data": _choice(config, "data"),
-        "seed": config.get("seed"),
+        "seed": _word(config.get("seed")),
         "batch_size": number(_setting(config, "data.batch_size", "batch_size")),
         "lr": number(_setting(config, "optimizer.lr", "lr", "learning_rate")),
         "world_size": number(result.get("world_size")),
@@ -128,7 +129,12 @@ def _choice(config: Mapping[str, Any], group: str) -> Any:
     """The option chosen for a group; of a config that is not bnlight's, its word, or its `name`, for it."""
     section = config.get(group)
     named = section.get("name") if isinstance(section, dict) else section
-    return mapping(mapping(config.get("job")).get("choices")).get(group, named)
+    return _word(mapping(mapping(config.get("job")).get("choices")).get(group, named))
+
+
+def _word(value: Any) -> Any:
+    """A setting that is one value; None for a list or a section."""
+    return None if isinstance(value, (dict, list)) else value
 
 
 def _norm(config: Mapping[str, Any]) -> str:

@@ -22,10 +22,12 @@ def tell_apart(runs: Sequence[Run], notes: list[str]) -> list[Run]:
     first: dict[str, Run] = {}
     left_out = set()
     for run in sorted(runs, key=_rank):
-        ids = [name for name in (run.row["identity"], run.wandb_id) if isinstance(name, str)]
-        known = next((first[name] for name in ids if name in first), None)
-        for name in ids:
-            first.setdefault(name, known or run)
+        there = None if run.folder else f"{run.project}/{run.wandb_id}"
+        names = [name for name in (run.row["identity"], run.wandb_id, there) if isinstance(name, str)]
+        known = next((first[name] for name in names if name in first), None)
+        for name in names:
+            if run.folder or name != run.wandb_id:  # which another project may have too; a job knows no more
+                first.setdefault(name, known or run)
         if known is None:
             continue
         if run.folder is None and (known.folder or known.wandb_id == run.wandb_id):

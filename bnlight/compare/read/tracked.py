@@ -32,6 +32,7 @@ class Tracked:
 
     run_id: str
     name: str
+    project: str
     place: tuple[str, ...]
     source: str
     state: str = ""
@@ -74,7 +75,8 @@ def run_of(tracked: Tracked) -> Run:
     }
     row = row_of(tracked.name, config, status, result)
     row["norm"], row["sweep"] = row["norm"] or "?", row["sweep"] or tracked.place[-1]
-    run = Run(tracked.name, tracked.place, tracked.source, row, config, None, tracked.run_id, lines)
+    run = Run(tracked.name, tracked.place, tracked.source, row, config, lines=lines)
+    run.wandb_id, run.project = tracked.run_id, tracked.project
     if row["norm"] == "?":
         run.notes.append("its W&B config has no norm (norm, or norm.name)")
     if not metrics:
