@@ -337,6 +337,6 @@ def test_different_seeds_hardware_and_versions_are_pointed_out(tmp_path):
     result = json.loads((first / "result.json").read_text())
     write_json(first / "result.json", result | {"hardware": {"gpu": "H200"}, "versions": {"torch": "2.6"}})
     text = " ".join(compare(tmp_path).caveats)
-    assert "same seeds: most on 0, 1, renorm on 0, 1, 2." in text
+    assert "same seeds: most on 0, 1; renorm on 0, 1, 2." in text
     assert "2 kinds of hardware" in text
     assert "2 sets of software versions" in text

@@ -216,6 +216,7 @@ def test_settings_without_a_norm_among_them_are_what_is_compared(tmp_path):
             r"no setting 'nothing_like_it'. What varies between them: norm, data.batch_size",
         ),
         ({"by": ["lr"], "tune": ["lr"]}, "optimizer.lr: asked for in both by and tune"),
+        ({"by": ["seed"]}, "seed: expected settings of what a run computes"),
         ({"where": "norm"}, "'norm' is no filter: expected KEY=VALUE"),
         ({"where": "norm="}, "is no filter"),
         ({"where": "seed<three"}, "< takes one number, not 'three'"),

@@ -121,7 +121,7 @@ def _unequal(runs: pd.DataFrame, cells: Sequence[Cell]) -> list[str]:
             if seeds != usual
         ]
         notes.append(
-            f"Not every contender has finished on the same seeds: most on {_some(usual)}, {_some(rest)}. "
+            f"Not every contender has finished on the same seeds: most on {_some(usual)}; {'; '.join(rest[:8])}. "
             "Differences are taken over the seeds that both have."
         )
     kinds = runs[runs["state"] == "done"][["hardware", "versions"]].nunique()

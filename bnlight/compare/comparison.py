@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bnlight.compare import table
 from bnlight.compare.against import Against, find_against
-from bnlight.compare.axes import Axes, find_axes, varying_keys
+from bnlight.compare.axes import Axes, describes, find_axes, varying_keys
 from bnlight.compare.caveats import caveats
 from bnlight.compare.cells import make_cells
 from bnlight.compare.derive import Monitor, derive, monitor_of
@@ -234,7 +234,14 @@ def _axes(read: Runs, question: Question, validation: str | None, finished: bool
     names, varying = [str(key) for key in read.configs], varying_keys(read.runs, read.configs)
 
     def full(asked: Sequence[str] | None) -> list[str] | None:
-        return None if asked is None else list(dict.fromkeys(resolve(name, names, varying) for name in asked))
+        keys = None if asked is None else list(dict.fromkeys(resolve(name, names, varying) for name in asked))
+        strange = [key for key in keys or () if not describes(key)]
+        if strange:
+            raise ValueError(
+                f"{', '.join(strange)}: expected settings of what a run computes. Means go over the seeds; "
+                "where=['seed=0'], on the command line --where seed=0, keeps one of them"
+            )
+        return keys
 
     folders = {Path(path).parent for path in read.runs["path"].dropna()}
     searched = any((folder / "optimization_results.yaml").exists() for folder in folders)  # Optuna's
