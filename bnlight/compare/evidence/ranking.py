@@ -18,9 +18,9 @@ class Ranking:
     """Mean ranks over blocks, best first; 1 is the best, ties share their mean (Demšar, JMLR 7, 2006).
 
     A block is one seed under one condition (and one setting of what is averaged over) on which every contender
-    finished or diverged, and some finished; who diverged ranks last. `p` is Friedman's. `critical_difference` is Nemenyi's for k
-    contenders and N blocks, `q(0.05, k, inf) / sqrt(2) * sqrt(k * (k + 1) / (6 * N))`: mean ranks that lie closer are
-    not separated. `groups` are the largest sets of neighbours within it; all are one group if `p` is above 0.05.
+    finished or diverged, and some finished; who diverged ranks last. `p` is Friedman's. `critical_difference` is
+    Nemenyi's for k contenders and N blocks, `q(0.05, k, inf) / sqrt(2) * sqrt(k * (k + 1) / (6 * N))`: mean ranks that
+    lie closer are not separated. `groups` are the largest sets of neighbours within it; all are one group if `p` is above 0.05.
 
     Seeds under one condition share the data, so ranks speak of these conditions, not of data sets in general.
     """
@@ -38,7 +38,7 @@ def find_ranking(meetings: Sequence[Meeting], repeats: pd.DataFrame) -> tuple[Ra
     table = losses(meetings, repeats)
     never = [str(name) for name in table if table[name].isna().all()]
     blocks = table.drop(columns=never).dropna()
-    blocks = blocks[np.isfinite(blocks).any(axis="columns")]
+    blocks = blocks[np.isfinite(blocks.to_numpy()).any(axis=1)]
     left_out = f"The ranking leaves out {', '.join(never)}: no run finished or diverged." if never else ""
     if blocks.shape[1] < 3:
         return None, f"A ranking needs at least 3 contenders that ran; there are {blocks.shape[1]}."
