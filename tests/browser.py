@@ -96,7 +96,7 @@ class Browser:
 class Tab:
     """One page. `problems` are errors and warnings of its console, `requests` the addresses it asked for."""
 
-    def __init__(self, browser, address, *, width=1280, height=900, dark=False, touch=False, wait=True):
+    def __init__(self, browser, address, *, width=1280, height=900, dark=False, touch=False):
         self.browser = browser
         self._target = browser.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)[
@@ -106,9 +106,14 @@ class Tab:
             self.call(f"{domain}.enable")
         self.size(width, height, touch)
         self.media(dark)
-        self.call("Page.navigate", url=address)
-        if wait:
-            self.until("document.readyState === 'complete'")
+        self.go(address)
+
+    def go(self, address):
+        """Load an address, until all of it is there."""
+        failed = self.call("Page.navigate", url=address).get("errorText")
+        if failed:
+            raise RuntimeError(f"{address}: {failed}")
+        self.until("document.readyState === 'complete'")
 
     def call(self, method, **params):
         return self.browser.call(method, self._session, **params)

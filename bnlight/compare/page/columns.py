@@ -111,6 +111,11 @@ def amount(name: str, value: float) -> str:
     return milliseconds(value) if name == "seconds_per_step" else number(value)
 
 
+def exact(content: str, value: float) -> str:
+    """An entry that carries the exact number for an export."""
+    return entry(text(content), "number", **_exact(value))
+
+
 def _exact(value: float | None, name: str = "data-value") -> dict[str, Any]:
     return {name: None if value is None or not math.isfinite(value) else repr(float(value))}
 

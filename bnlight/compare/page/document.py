@@ -17,7 +17,9 @@ from bnlight.compare.page.pictures import Pictures
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
 
-SCRIPTS = ("runs.js", "figures.js", "evidence.js", "export.js", "page.js")
+SCRIPTS = (
+    "runs.js", "figures.js", "settings.js", "evidence.js", "export.js", "page.js", "filter.js", "panel.js", "begin.js",
+)  # fmt: skip
 
 
 def render(comparison: Comparison) -> str:

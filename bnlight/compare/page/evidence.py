@@ -78,7 +78,7 @@ def _pairs(comparison: Comparison, frames: str) -> str:
         rows.append(_row([pair.condition or "-", pair.better, pair.worse], numbers))
     note = (
         "Each pair of contenders on the seeds both have: the difference seed by seed with its 95 % interval, and a "
-        "paired test with Holm's correction within a setting. Filled points are told apart after it, hollow ones are not."
+        "paired test with Holm's correction within a setting. Filled points are told apart, hollow ones are not."
     )
     told = [pair.text for pair in pairs if pair.leading]
     table = grid("pairs", "Paired differences", heads, rows)

@@ -24,17 +24,18 @@ async function saveFigure(build, title, format) {
 
 const visible = element => !element.hidden && getComputedStyle(element).display !== "none";
 
+const plain = element => element.textContent.replace(/[\u00a0\u2007]/g, " ").trim();
+
 // The rows of a table as they are seen, or, `exact`, with the numbers behind what is shown.
 function contents(table, exact = false) {
   const heads = [...table.tHead.rows[0].cells], lines = [...table.tBodies[0].rows].filter(visible);
   const columns = heads.map((head, at) => ({
-    at, head: head.textContent.trim(), numeric: head.classList.contains("number"), shown: exact || visible(head),
+    at, head: plain(head), numeric: head.classList.contains("number"), shown: exact || visible(head),
     half: exact && lines.some(row => row.cells[at].dataset.half !== undefined),
   })).filter(column => column.shown);
   const head = columns.flatMap(column => column.half ? [column.head.replace(/ ± .*/, ""), "± 95 % CI"] : [column.head]);
   const rows = lines.map(row => columns.flatMap(({ at, half }) => {
-    const { textContent, dataset } = row.cells[at];
-    const value = exact && dataset.value !== undefined ? dataset.value : textContent.replace(/[\u00a0\u2007]/g, " ").trim();
+    const { dataset } = row.cells[at], value = exact && dataset.value !== undefined ? dataset.value : plain(row.cells[at]);
     return half ? [value, dataset.half ?? ""] : [value];
   }));
   return { head, rows, numeric: columns.map(column => column.numeric) };

@@ -111,20 +111,17 @@ def runs(comparison: Comparison) -> str:
     ]
     names = [name for name in names if name not in ("roughness", "train_eval_gap")]
     heads = ["run", "state", *map(axes.label, axes.keys), "seed", *map(_head, names), "links"]
-    values = axes.values.reindex(listed.index).map(shown)
+    settings = axes.values[axes.keys].reindex(listed.index).map(shown).to_numpy()
     rows = []
-    for index, (directory, run) in enumerate(listed.to_dict("index").items()):
+    for index, run in enumerate(listed.to_dict("records")):
         path, url = data.links(comparison, run)
         lost = run["state"] in ("failed", "diverged")
         target = f'href="{text(path or url)}/"' if path else f'href="{text(url or "#")}"'
         entries = [f'<td class="job"><a {target} data-run="{index}">{text(run["job"])}</a></td>']
         entries.append(cell(text(run["state"]), "bad" if lost else ""))
-        entries += [cell(text(values.at[directory, key])) for key in axes.keys]
+        entries += [cell(text(value)) for value in settings[index]]
         entries.append(cell(text(shown(run["seed"])), "number"))
-        entries += [
-            cell(page_columns.amount(name, run[name]), "number", **{"data-value": run[name]})
-            for name in names
-        ]
+        entries += [page_columns.exact(page_columns.amount(name, run[name]), run[name]) for name in names]
         entries.append(cell(" ".join(_links(path, url))))
         rows.append(
             f"<tr{attributes({'class': 'lost' if lost else None, 'data-run': index})}>{''.join(entries)}</tr>"

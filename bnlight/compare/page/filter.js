@@ -1,0 +1,125 @@
+// The table under a filter, and the filter itself.
+
+// ---- the table under a filter
+
+const table = $("#cells"), asWritten = table ? [...table.tBodies[0].rows].map(row => ({ row, className: row.className, html: row.innerHTML })) : [];
+
+const entries = {
+  n: which => [String(which.length)],
+  interval: (which, of) => { const found = estimate(valuesOf(which, of)); return [interval(found), found.mean, found.half]; },
+  time: (which, of) => { const { mean } = estimate(valuesOf(which, of)); return [milliseconds(mean), mean]; },
+  steps: (which, of) => {
+    if (!which.length) return ["-"];
+    const values = which.map(run => runs.columns[of][run] ?? Infinity), middle = median(values);
+    return [`${Number.isFinite(middle) ? short(middle) : "-"} (${values.filter(Number.isFinite).length}/${which.length})`, middle];
+  },
+  boot: () => ["all runs only"],
+};
+for (const kind of ["mean", "std", "median", "worst"])
+  entries[kind] = (which, of) => { const value = estimate(valuesOf(which, of))[kind]; return [number(value), value]; };
+
+function lost(cell) {
+  const counts = {};
+  for (const run of keptRuns(cell)) if (!["done", "duplicate"].includes(runs.state[run])) counts[runs.state[run]] = (counts[runs.state[run]] ?? 0) + 1;
+  return Object.keys(counts).sort().map(state => `${counts[state]} ${state}`).join(", ");
+}
+
+function fillTable() {
+  const heads = [...table.tHead.rows[0].cells];
+  const means = new Map();
+  for (const { row, className, html } of asWritten) {
+    row.innerHTML = html;
+    row.className = className;
+    row.hidden = false;
+    table.tBodies[0].append(row);
+    if (!filtering()) continue;
+    const cell = Number(row.dataset.cell), which = doneRuns(cell);
+    row.hidden = !keptRuns(cell).length;
+    means.set(row, estimate(valuesOf(which, data.metric)).mean);
+    heads.forEach(({ dataset: { kind, of } }, at) => {
+      const entry = row.cells[at];
+      if (kind === "setting") return;
+      const [text, value, half] = kind === "lost" ? [lost(cell)] : entries[kind](which, of);
+      entry.replaceChildren(text, ...$$(".star", entry));
+      for (const [name, exact] of Object.entries({ value, half })) Number.isFinite(exact) ? entry.dataset[name] = exact : delete entry.dataset[name];
+    });
+  }
+  if (filtering()) rank(means);
+}
+
+// Within a setting the best mean first, and of the chosen ones the first in bold.
+function rank(means) {
+  const condition = row => data.cells[row.dataset.cell].condition;
+  const worth = row => Number.isFinite(means.get(row)) ? means.get(row) * (data.lower ? 1 : -1) : Infinity;
+  const sorted = [...means.keys()].filter(row => !row.hidden).sort((a, b) => condition(a) - condition(b) || (worth(a) > worth(b)) - (worth(a) < worth(b)));
+  const led = new Set();
+  let before = null;
+  for (const row of sorted) {
+    const leads = data.cells[row.dataset.cell].chosen && Number.isFinite(means.get(row)) && !led.has(condition(row));
+    if (leads) led.add(condition(row));
+    row.classList.toggle("lead", leads);
+    row.classList.toggle("section", before !== null && before !== condition(row));
+    before = condition(row);
+    table.tBodies[0].append(row);
+  }
+}
+
+// ---- filters, kept in the address so that a view can be shared
+
+const form = $("#filters"), note = $("#filtered");
+
+function where() {
+  return data.filters.flatMap(({ key, levels }, at) => ticked[at].size ? [[key, [...ticked[at]].sort((a, b) => a - b).map(code => levels[code])]] : []);
+}
+
+function filterChanged() {
+  applyFilter();
+  if (table) fillTable();
+  for (const row of $$("#runs tbody tr")) row.hidden = !kept[row.dataset.run];
+  tellFilter();
+  redraw();
+}
+
+function tellFilter() {
+  if (!note) return;
+  note.hidden = !filtering();
+  if (note.hidden) return note.replaceChildren();
+  const quoted = text => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`;
+  const asked = where().map(([key, levels]) => `${key}=${levels.map(level => level === "-" ? "null" : level).join(",")}`);
+  const command = [data.command, "--where", ...[...data.where, ...asked].map(quoted)].join(" ");
+  note.replaceChildren(
+    element("p", {}, element("strong", {}, `Filter on: ${kept.filter(Boolean).length} of ${kept.length} runs. `),
+      "The table, the runs and the figures drawn from runs show these alone. The verdict and the evidence remain those of all runs. To compute everything again:"),
+    element("code", {}, command), button("Show all runs", "Clear the filter", () => setFilter(new URLSearchParams())));
+}
+
+// The hash holds one entry per field, and the run whose panel is open.
+const state = () => new URLSearchParams(location.hash.slice(1));
+
+function setFilter(parameters) {
+  data.filters.forEach(({ key, levels }, at) => {
+    ticked[at].clear();
+    for (const level of parameters.getAll(key)) if (levels.includes(level)) ticked[at].add(levels.indexOf(level));
+  });
+  if (form) for (const box of $$("input", form)) box.checked = ticked[box.name].has(Number(box.value));
+  writeState();
+  filterChanged();
+}
+
+function writeState(run = state().get("run")) {
+  const parameters = new URLSearchParams(where().flatMap(([key, levels]) => levels.map(level => [key, level])));
+  if (run) parameters.set("run", run);
+  const hash = parameters.toString();
+  try { history.replaceState(null, "", hash ? `#${hash}` : location.pathname); } catch { location.hash = hash; }
+}
+
+if (form) {
+  form.hidden = false;
+  form.addEventListener("submit", event => event.preventDefault());
+  form.addEventListener("change", ({ target: { name, value, checked } }) => {
+    ticked[name][checked ? "add" : "delete"](Number(value));
+    writeState();
+    filterChanged();
+  });
+}
+

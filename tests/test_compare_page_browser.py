@@ -1,0 +1,165 @@
+"""The page in a real browser: all is drawn, nothing is requested, filters are right, a thousand runs are quick."""
+
+import json
+
+import numpy as np
+import pytest
+from browser import needs_browser
+from page_sweeps import (  # noqa: F401
+    draw_all,
+    expected,
+    large_sweep,
+    open_browser,
+    open_tab,
+    results,
+    rows,
+    small_sweep,
+    tick,
+)
+from scipy import stats
+from test_compare_builder import write_job, write_metrics
+
+from bnlight.compare import compare
+
+pytestmark = needs_browser
+
+
+def check(seen, wanted, keys):
+    """The table's rows are the groups of `wanted`, with their numbers."""
+    assert {tuple(row[key]["text"] for key in keys) for row in seen} == set(wanted.index)
+    for row in seen:
+        here = wanted.loc[tuple(row[key]["text"] for key in keys)]
+        assert int(row["n"]["text"]) == here["n"]
+        assert row["interval"]["value"] == pytest.approx(here["mean"], rel=1e-12)
+        assert row["interval"]["half"] == pytest.approx(here["half"], rel=1e-9)
+        assert row["interval"]["text"].startswith(f"{here['mean']:.4f}\u00a0±\u00a0{here['half']:.4f}")
+
+
+def test_every_figure_is_drawn_and_nothing_is_requested(tab, small):
+    assert draw_all(tab) == 1 + 4 + 4 + 2 + 4
+    assert tab.run("[...document.querySelectorAll('figure .chart')].every(chart => chart.data.length > 0)")
+    assert tab.requests == {small.page.as_uri()}
+    picture = tab.screenshot()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000  # a blank page of this size has 4 kB
+
+
+def test_a_request_and_an_error_would_have_been_seen(browser, tmp_path):
+    control = tmp_path / "control.html"
+    control.write_text('<img src="http://127.0.0.1:9/seen.png"><script>throw new Error("seen")</script>')
+    tab = browser.open(control.as_uri())
+    assert "http://127.0.0.1:9/seen.png" in tab.requests
+    assert any("seen" in json.dumps(problem) for problem in tab.problems)
+    tab.close()
+
+
+def test_the_policy_stops_a_script_that_is_not_the_page_s_own(browser, small, tmp_path):
+    tampered = tmp_path / "tampered.html"
+    script = "<script>document.title = 'owned'</script><main>"
+    tampered.write_text(small.page.read_text().replace("<main>", script, 1))
+    tab = browser.open(tampered.as_uri())
+    assert tab.run("document.title") != "owned"
+    assert "Content Security Policy" in json.dumps(tab.problems)
+    tab.close()
+
+
+def test_a_filter_leaves_the_numbers_that_pandas_computes_from_the_files(tab, small):
+    everything, keys = results(small), ["data.batch_size", "norm"]
+    written = rows(tab)
+    tick(tab, "seed", "0")
+    tick(tab, "seed", "1")
+    check(rows(tab), expected(everything[everything["seed"].isin(["0", "1"])], keys), keys)
+    tick(tab, "norm", "group")
+    two = everything[everything["seed"].isin(["0", "1"]) & (everything["norm"] == "group")]
+    check(rows(tab), expected(two, keys), keys)
+    assert tab.run("document.querySelectorAll('#runs tbody tr:not([hidden])').length") == 4
+    said = tab.run("document.getElementById('filtered').textContent")
+    assert "4 of 11 runs" in said
+    assert "verdict" in said
+    assert f"bnlight compare {small.directory} --where norm=group seed=0,1" in said
+    assert tab.run("document.querySelector('h1').textContent").replace("\u00a0", " ") == small.verdict
+    tab.click("#filtered button")
+    assert rows(tab) == written
+    assert tab.run("location.hash") == ""
+
+
+def test_the_script_agrees_with_python_on_the_table_of_all_runs(tab):
+    tab.run("document.getElementById('more').click()")
+    written = rows(tab)
+    for value in ("batch", "group"):  # both of them: the filter is on, and leaves everything
+        tick(tab, "norm", value)
+    computed = rows(tab)
+    assert tab.run("!document.getElementById('filtered').hidden")
+    assert len(written) == len(computed) == 4
+    for before, after in zip(written, computed, strict=True):
+        del before["boot"], after["boot"]
+        assert {kind: cell["text"] for kind, cell in before.items()} == {
+            kind: cell["text"] for kind, cell in after.items()
+        }
+
+
+def test_the_figures_follow_the_filter(tab, small):
+    draw_all(tab)
+    tick(tab, "seed", "1")
+    tab.run("document.querySelector('[data-figure=\"0\"]').scrollIntoView()")
+    tab.until("document.querySelector('[data-figure=\"0\"] .chart').data[0].error_y === undefined")
+    everything = results(small)
+    drawn = "document.querySelector('[data-figure=\"0\"] .chart').data"
+    for trace in tab.run(f"{drawn}.map(({{ name, text, y }}) => ({{ name, text, y }}))"):
+        one = everything[(everything["norm"] == trace["name"]) & (everything["seed"] == "1")].copy()
+        one.index = one["data.batch_size"]
+        assert trace["y"] == one.loc[trace["text"], "test/accuracy"].tolist()
+
+
+def test_the_learning_curve_is_the_mean_over_seeds_with_its_interval(browser, tmp_path):
+    values = ([0.1, 0.5, 0.9], [0.3, 0.7, 0.8])
+    for seed, steps in enumerate(((0, 10, 20, 30), (0, 10, 20))):
+        rows_ = [{"attempt": 1, "step": s, "epoch": 0, "time": 0, "val/accuracy": v}
+                 for s, v in zip(steps, [*values[seed], 0.95], strict=False)]  # fmt: skip
+        write_metrics(write_job(tmp_path, seed=seed), rows_)
+    tab = browser.open(compare(tmp_path).page.as_uri())
+    draw_all(tab)
+    band, line = tab.run(
+        "document.querySelector('[data-figure=\"0\"] .chart').data.map(({ x, y }) => ({ x, y }))"
+    )
+    assert line["x"] == [0, 10, 20]  # as far as both got
+    assert line["y"] == pytest.approx([0.2, 0.6, 0.85])
+    half = stats.t.ppf(0.975, 1) * np.std(values, axis=0, ddof=1) / np.sqrt(2)
+    assert band["y"][:3] == pytest.approx(np.array([0.2, 0.6, 0.85]) + half)
+    tab.click("[name=band][value=range]")
+    tab.until("document.querySelector('[data-figure=\"0\"] .chart').data[0].y[0] === 0.3")
+    assert tab.problems == []
+    tab.close()
+
+
+def test_a_thousand_runs_load_and_draw_in_two_seconds_and_take_less_than_fifteen_megabytes(browser, large):
+    assert len(large.runs) == 1000
+    assert large.page.stat().st_size < 15e6
+    tab = browser.open("about:blank", height=2400)
+    tab.call("Performance.enable")
+    tab.go(large.page.as_uri())
+    tab.until("document.querySelector('.main-svg')")
+    # Of processor time, so that it does not depend on what else this machine does.
+    used = {each["name"]: each["value"] for each in tab.call("Performance.getMetrics")["metrics"]}
+    assert 0.1 < used["ProcessTime"] < 2, used
+    assert tab.problems == []
+    tab.close()
+
+
+def test_a_filter_over_a_thousand_runs_is_right_and_quick(browser, large):
+    everything, keys = results(large), ["data.batch_size", "norm", "optimizer.lr"]
+    tab = browser.open(large.page.as_uri())
+    tab.run("document.getElementById('tried').click()")
+    for seed in ("1", "4", "7"):
+        tick(tab, "seed", seed)
+    tick(tab, "norm", "renorm")
+    kept = everything[everything["seed"].isin(["1", "4", "7"]) & (everything["norm"] == "renorm")]
+    check(rows(tab), expected(kept, keys), keys)
+    took = tab.run("""(() => {
+        const begin = performance.now();
+        document.querySelector("#filters input").click();
+        return performance.now() - begin;
+    })()""")
+    assert took < 1000
+    assert tab.problems == []
+    tab.close()

@@ -1,0 +1,195 @@
+"""What a reader does with the page: clicks, types, saves, prints, takes a phone, turns the light off."""
+
+import xml.etree.ElementTree as ElementTree
+from urllib.parse import unquote
+
+import pandas as pd
+import pytest
+from browser import needs_browser
+from page_sweeps import draw_all, expected, open_browser, open_tab, results, rows, small_sweep  # noqa: F401
+
+from bnlight.compare.palette import hexadecimal
+
+pytestmark = needs_browser
+
+
+def test_the_address_holds_the_filter_and_the_run_that_is_open(browser, small):
+    key = str(small.runs.index[0])
+    tab = browser.open(f"{small.page.as_uri()}#seed=1&norm=group&run={key}")
+    assert {row["norm"]["text"] for row in rows(tab)} == {"group"}
+    assert tab.run("document.getElementById('panel').open")
+    assert tab.run("document.getElementById('panel-title').textContent") == small.runs["job"].iloc[0]
+    tab.key("Escape")
+    tab.until("!document.getElementById('panel').open")
+    assert unquote(tab.run("location.hash")) == "#norm=group&seed=1"
+    tab.close()
+
+
+def click_point(tab, trace):
+    """Click the first point of a trace of the first figure with one row per contender."""
+    x, y = tab.run(f"""(() => {{
+        const figures = [...document.querySelectorAll("figure")];
+        const dots = figures.find(each => each.querySelector(".chart").layout.yaxis.ticktext?.includes("batch"));
+        dots.scrollIntoView({{ block: "center", behavior: "instant" }});
+        const points = dots.querySelectorAll(".scatterlayer .trace")[{trace}].querySelector(".points path");
+        const box = points.getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2];
+    }})()""")
+    tab.click_at(x, y)
+    tab.until("document.getElementById('panel').open")
+    return tab.run("document.getElementById('panel-title').textContent")
+
+
+def test_a_click_on_a_point_leads_to_its_run(tab, small):
+    draw_all(tab)
+    run = small.runs[small.runs["job"] == click_point(tab, 0)].iloc[0]
+    panel = tab.run("document.getElementById('panel').textContent")
+    assert f"{run['test/accuracy']:.4f}" in panel
+    assert "data.batch_size" in panel
+    links = tab.run("[...document.querySelectorAll('#panel a')].map(each => each.getAttribute('href'))")
+    assert [link.rpartition("/")[2] for link in links] == ["", "job.log", "config.yaml"]
+    assert all((small.output / link).exists() for link in links)
+
+
+def test_a_click_on_a_mean_leads_to_the_runs_behind_it(tab, small):
+    draw_all(tab)
+    assert click_point(tab, 1) == "3 runs behind this point"
+    listed = tab.run("[...document.querySelectorAll('#panel li button')].map(each => each.textContent)")
+    assert len(small.runs[small.runs["job"].isin(listed) & (small.runs["batch_size"] == 4)]) == 3
+    tab.click("#panel li:nth-child(2) button")
+    assert tab.run("document.getElementById('panel-title').textContent") == listed[1]
+
+
+def test_everything_can_be_reached_by_the_keyboard_and_the_focus_is_seen(tab):
+    seen = []
+    for _ in range(200):
+        tab.key("Tab")
+        seen.append(
+            tab.run("""(() => {
+            const at = document.activeElement, style = getComputedStyle(at.closest("label") ?? at);
+            const name = at.id || at.name || at.textContent.trim().slice(0, 12) || at.tagName;
+                return [name, style.outlineStyle !== "none"];
+        })()""")
+        )
+        if seen[-1][0].startswith("batch-cnn"):
+            break
+    names = [name for name, _ in seen]
+    assert all(outlined for _, outlined in seen)
+    assert names[0] == "theme"
+    order = [names.index(name) for name in ("theme", "0", "more", "CSV", "Numbers", "SVG")]
+    assert order == sorted(order)
+    assert seen[-1][0].startswith("batch-cnn"), names
+    tab.key("Enter", "\r")
+    tab.until("document.getElementById('panel').open")
+    assert tab.run("document.getElementById('panel').contains(document.activeElement)")
+    tab.key("Escape")
+    tab.until("!document.getElementById('panel').open")
+    tab.run("document.querySelector('#filters input').focus()")
+    tab.key(" ", " ")
+    assert tab.run("!document.getElementById('filtered').hidden")
+
+
+def test_a_contender_can_be_hidden_in_all_figures(tab):
+    draw_all(tab)
+    tab.click(".legend button")
+    assert tab.run("document.querySelector('.legend button').getAttribute('aria-pressed')") == "false"
+    tab.run("document.querySelector('[data-figure=\"0\"]').scrollIntoView()")
+    tab.until(
+        "document.querySelector('[data-figure=\"0\"] .chart').data.every(trace => trace.name !== 'batch')"
+    )
+
+
+def test_every_table_is_saved_as_csv_latex_and_markdown(browser, tab, small):
+    everything = expected(results(small), ["data.batch_size", "norm"])
+    kinds = {"CSV": "table.csv", "LaTeX": "table.tex", "Markdown": "table.md"}
+    saved = {}
+    for at, (kind, name) in enumerate(kinds.items()):
+        tab.click(f".exports[data-table=cells] button:nth-child({at + 1})")
+        saved[kind] = browser.downloaded(name).decode()
+    (small.output / "saved.csv").write_text(saved["CSV"])
+    table = pd.read_csv(small.output / "saved.csv").set_index(["batch size", "norm"])
+    for (batch_size, norm), row in everything.iterrows():
+        here = table.loc[(int(batch_size), norm)]
+        assert here["test accuracy mean"] == row["mean"]
+        assert here["± 95 % CI"] == pytest.approx(row["half"], rel=1e-12)
+    lines = saved["LaTeX"].splitlines()
+    assert lines[0] == r"\begin{tabular}{llrlrrrr}"
+    assert lines[-1] == r"\end{tabular}"
+    row = everything.loc[("4", "batch")]
+    assert any(
+        f"4 & batch & 3 & & {row['mean']:.4f} $\\pm$ {row['half']:.4f}".replace(" & & ", " &  & ") in line
+        for line in lines
+    )
+    assert f"| {row['mean']:.4f} ± {row['half']:.4f} |" in saved["Markdown"]
+    assert len({line.count("|") for line in saved["Markdown"].splitlines()}) == 1
+
+
+def test_every_figure_is_saved_as_svg_and_png_on_white_and_its_numbers_as_csv(browser, tab, small):
+    tab.run("document.getElementById('theme').click()")
+    title = tab.run("document.querySelector('figcaption').textContent").lower().replace(" ", "-")
+    for button, kind in ((1, "svg"), (2, "png")):
+        tab.click(f"[data-figure='0'] .tools > .exports button:nth-child({button})")
+        content = browser.downloaded(f"{title}.{kind}")
+        if kind == "svg":
+            assert ElementTree.fromstring(content).tag.endswith("svg")
+            assert b"rgb(255, 255, 255)" in content
+            assert b"batch size" in content
+        else:
+            assert content.startswith(b"\x89PNG")
+            assert int.from_bytes(content[16:20]) == 1800
+    tab.click("[data-figure='0'] .numbers summary")
+    tab.until("document.querySelector(\"[data-figure='0'] .numbers table\")")
+    tab.click("[data-figure='0'] .numbers .exports button")
+    lines = browser.downloaded(f"{title}.csv").decode().splitlines()
+    assert lines[0] == "contender,batch size,n,test accuracy,± 95 %"
+    assert len(lines) == 1 + 4
+
+
+def test_the_theme_follows_the_system_until_the_reader_chooses_and_is_remembered(browser, small):
+    tab = browser.open(small.page.as_uri(), dark=True)
+    background = "getComputedStyle(document.body).backgroundColor"
+    line = "document.querySelector('[data-figure=\"0\"] .chart').data[0].line.color"
+    draw_all(tab)
+    assert tab.run(background) == "rgb(20, 23, 28)"
+    assert tab.run(line) == hexadecimal(0, dark=True)
+    tab.click("#theme")
+    tab.run("document.querySelector('[data-figure=\"0\"]').scrollIntoView()")
+    tab.until(f"{line} === '{hexadecimal(0)}'")
+    assert tab.run(background) == "rgb(255, 255, 255)"
+    again = browser.open(small.page.as_uri(), dark=True)
+    assert again.run(background) == "rgb(255, 255, 255)"
+    again.run("localStorage.clear()")
+    assert tab.problems == again.problems == []
+    tab.close()
+    again.close()
+
+
+def test_the_page_fits_a_phone(browser, small):
+    tab = browser.open(small.page.as_uri(), width=390, height=844, touch=True)
+    draw_all(tab)
+    assert tab.run("document.documentElement.scrollWidth") == 390
+    widest = tab.run(
+        "Math.max(...[...document.querySelectorAll('figure')].map(each => each.getBoundingClientRect().right))"
+    )
+    assert widest <= 390
+    tab.run("document.querySelector('#runs a[data-run]').click()")
+    assert tab.run("document.getElementById('panel').getBoundingClientRect().width") <= 390
+    assert tab.problems == []
+    tab.close()
+
+
+def test_the_page_prints_with_all_its_figures_in_light_colours(browser, small):
+    tab = browser.open(small.page.as_uri(), dark=True)
+    assert tab.run("document.querySelectorAll('.main-svg').length") < 30
+    printed = tab.pdf()
+    assert printed.startswith(b"%PDF")
+    tab.run("dispatchEvent(new Event('beforeprint'))")
+    assert tab.run("[...document.querySelectorAll('figure .chart')].every(chart => chart.data?.length)")
+    assert tab.run("document.querySelector('[data-figure=\"0\"] .chart').data[0].line.color") == hexadecimal(
+        0
+    )
+    tab.media(kind="print")
+    assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.run("getComputedStyle(document.getElementById('theme')).display") == "none"
+    assert tab.problems == []
+    tab.close()
