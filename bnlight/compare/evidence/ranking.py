@@ -20,7 +20,8 @@ class Ranking:
     A block is one seed under one condition (and one setting of what is averaged over) on which every contender
     finished or diverged, and some finished; who diverged ranks last. `p` is Friedman's. `critical_difference` is
     Nemenyi's for k contenders and N blocks, `q(0.05, k, inf) / sqrt(2) * sqrt(k * (k + 1) / (6 * N))`: mean ranks that
-    lie closer are not separated. `groups` are the largest sets of neighbours within it; all are one group if `p` is above 0.05.
+    lie closer are not separated. `groups` are the largest sets of neighbours within it; all are one group if `p` is
+    above 0.05.
 
     Seeds under one condition share the data, so ranks speak of these conditions, not of data sets in general.
     """
