@@ -199,7 +199,10 @@ def test_a_file_that_is_cut_off_anywhere_is_an_interrupted_run_or_a_note(only_wa
 def test_runs_of_equal_names_and_ids_in_two_projects_are_two_and_odd_settings_are_no_error(
     tmp_path: Path,
 ) -> None:
-    rows = [{"_step": 0, "step": 5, "loss": 1.0, "state": 2.0}, {"_step": 1, "loss": 0.5, "time": 3.0}]
+    rows = [
+        {"_step": 0, "step": 5, "loss": 1.0, "state": 2.0},
+        {"_step": 1, "loss": 0.5, "time": 3.0, "": 1.0},
+    ]
     for project in ("mine", "yours"):
         config = {
             "norm": ["batch", "layer"],
@@ -216,6 +219,20 @@ def test_runs_of_equal_names_and_ids_in_two_projects_are_two_and_odd_settings_ar
     assert read.history["step"].tolist() == [0, 1, 0, 1]
     assert len(read.notes) == 2  # of the norm
     compare(tmp_path)
+
+
+def test_groups_that_the_user_s_own_module_does_not_take_say_nothing_of_the_run(tmp_path: Path) -> None:
+    job = {"name": "own", "choices": {"module": "mine", "model": "cnn", "norm": "batch"}}
+    config = {"norm": {"momentum": 0.1, "name": "batch"}, "module": {"width": 8}, "job": job}
+    write_offline_run(
+        tmp_path / "offline-run-20260101_000000-own", "own", config, [{"_step": 0, "loss": 1.0}]
+    )
+    read = read_runs(tmp_path)
+    assert read.runs.loc["run own", ["job", "model", "norm"]].tolist() == ["own", "mine", "batch"]
+    (settings,) = read.configs.to_dict("records")
+    assert settings == {
+        "norm": "batch", "norm.momentum": 0.1, "module": "mine", "module.width": 8, "model": "mine"
+    }  # fmt: skip
 
 
 def test_a_thousand_offline_runs_are_all_there(tmp_path: Path) -> None:

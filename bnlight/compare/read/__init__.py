@@ -16,6 +16,8 @@ from bnlight.compare.read.places import find
 from bnlight.compare.read.run import STATES, Run, flatten
 from bnlight.compare.read.same import tell_apart
 
+SERVER = "wandb:"  # begins a source that is no path
+
 __all__ = ["STATES", "Runs", "read_runs"]
 
 
@@ -61,7 +63,7 @@ def read_runs(*sources: str | Path) -> Runs:
         raise ValueError(f"no run could be read: {'; '.join(notes)}")
     runs = tell_apart(list(found.values()), notes)
     history = read_histories(runs)
-    directories = [Path(source) for source in sources if not str(source).startswith("wandb:")]
+    directories = [Path(source) for source in sources if not str(source).startswith(SERVER)]
     rows = [_row(run, directories) for run in runs]
     configs = {run.key: flatten(run.config, run.row) for run in runs if run.config is not None}
     table = pd.DataFrame(rows).set_index("directory", drop=False).rename_axis(None)
@@ -71,7 +73,7 @@ def read_runs(*sources: str | Path) -> Runs:
 
 def _found(sources: Sequence[str | Path], notes: list[str]) -> Iterator[Run]:
     for source in sources:
-        if str(source).startswith("wandb:"):
+        if str(source).startswith(SERVER):
             from bnlight.compare.read.online import read_online
 
             yield from read_online(str(source))

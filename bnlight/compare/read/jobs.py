@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bnlight.compare.read.run import Run, mapping, row_of, why
+from bnlight.compare.read.run import Run, row_of, used, why
 from bnlight.run.status import read_status
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster
@@ -20,7 +19,7 @@ def read_job(folder: Path, place: tuple[str, ...], source: str) -> Run:
     notes: list[str] = []
     result = _json(folder / "result.json", notes)
     config = _config(folder, result, notes)
-    config = config and _used(config, (result or {}).get("unused") or ())
+    config = config and used(config, (result or {}).get("unused") or ())
     status = _status(folder, notes)
     if status.get("state") == "done" and result is None:
         notes.append("done, but there is no result.json")
@@ -70,15 +69,3 @@ def _status(folder: Path, notes: list[str]) -> dict[str, Any]:
     if not status:
         notes.append("no status.json, so its state is unknown and it is in no mean")
     return status
-
-
-def _used(config: dict[str, Any], unused: Collection[str]) -> dict[str, Any]:
-    """The config without the parts that the job's own module did not take: they say nothing of it."""
-    if not unused:
-        return config
-    job = mapping(config.get("job"))
-    choices = {group: option for group, option in mapping(job.get("choices")).items() if group not in unused}
-    if "model" in unused and "module" in choices:
-        choices["model"] = choices["module"]
-    kept = {key: value for key, value in config.items() if key not in unused}
-    return kept | {"job": {**job, "choices": choices}}

@@ -15,9 +15,8 @@ from bnlight.run.tracking.pieces import records
 
 @dataclass
 class _Piece:
-    """One file: a run, or what was written of it between a start and an end. Values of the summary are JSON."""
+    """One file: a run, or what was written of it between a start and an end."""
 
-    path: Path
     run_id: str = ""
     name: str = ""
     project: str = ""
@@ -25,7 +24,7 @@ class _Piece:
     started: float = 0.0
     git: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
     heartbeat: float = 0.0
     exit_code: int | None = None
@@ -33,7 +32,7 @@ class _Piece:
 
 def read_offline(paths: Iterable[Path], source: str, notes: list[str]) -> Iterator[Run]:
     """The runs in `paths`, folders or files of W&B; the pieces of one run are joined in the order of their starts."""
-    by_run: dict[tuple[str, ...], dict[float, _Piece]] = {}
+    by_run: dict[tuple[str, str], dict[float, _Piece]] = {}
     for path in paths:
         for file in sorted(path.glob("*.wandb")) if path.is_dir() else [path]:
             try:
@@ -44,7 +43,7 @@ def read_offline(paths: Iterable[Path], source: str, notes: list[str]) -> Iterat
             if not piece.run_id:
                 notes.append(f"{file} ({file.stat().st_size} bytes): no run, it was killed at its start")
                 continue
-            pieces = by_run.setdefault((*piece.place, piece.run_id), {})
+            pieces = by_run.setdefault((piece.project, piece.run_id), {})
             known = pieces.get(piece.started)
             if known is None or len(known.rows) < len(piece.rows):  # of a file and its copy, the whole one
                 pieces[piece.started] = piece
@@ -61,7 +60,7 @@ def _joined(pieces: list[_Piece], source: str) -> Tracked:
     tracked.attempts = len(pieces)
     for attempt, piece in enumerate(pieces, start=1):
         tracked.config |= piece.config
-        tracked.summary |= {name: json.loads(value) for name, value in piece.summary.items()}
+        tracked.summary |= piece.summary
         for row in piece.rows:
             row["attempt"] = float(attempt)
         tracked.rows += piece.rows
@@ -70,14 +69,14 @@ def _joined(pieces: list[_Piece], source: str) -> Tracked:
 
 def _read(file: Path) -> _Piece:
     """What `file` holds, up to its end or to where a kill has cut it off."""
-    piece = _Piece(file)
+    piece, summary = _Piece(), dict[str, str]()
     for kind, content in records(file):
         if kind == "history":
             row = {_name(item): _number(item.value_json) for item in content.item}
             piece.rows.append({name: value for name, value in row.items() if value is not None})
             piece.heartbeat = piece.rows[-1].get("_timestamp") or piece.heartbeat
         elif kind == "summary":
-            piece.summary |= {_name(item): item.value_json for item in content.update}
+            summary |= {_name(item): item.value_json for item in content.update}
         elif kind == "stats":
             piece.heartbeat = content.timestamp.ToMicroseconds() / 1e6
         elif kind == "run":
@@ -92,6 +91,7 @@ def _read(file: Path) -> _Piece:
             _update(piece.config, content)
         elif kind == "exit":
             piece.exit_code = content.exit_code
+    piece.summary = {name: json.loads(value) for name, value in summary.items()}
     return piece
 
 
@@ -100,7 +100,9 @@ def _update(config: dict[str, Any], change: Any) -> None:
         *outer, key = item.nested_key or [item.key]
         section = config
         for name in outer:
-            section = section.setdefault(name, {})
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
         section[key] = json.loads(item.value_json)
     for item in change.remove:
         config.pop(item.key, None)

@@ -18,7 +18,6 @@ from bnlight.compare.read.tracked import Tracked, run_of
 from bnlight.run.tracking.logger import logged_in, server
 from bnlight.run.tracking.offline import unreachable
 
-SCHEME = "wandb:"
 SECONDS_TO_ANSWER = 60
 RUNS_PER_PAGE = 100
 HISTORIES_AT_A_TIME = 8
@@ -32,7 +31,7 @@ def read_online(source: str) -> Iterator[Run]:
     another form, a project that does not exist, or one without such runs; PermissionError without a key, or with one
     that is refused; ConnectionError if the server cannot be reached or does not answer in time.
     """
-    entity, project, group = ([*source.removeprefix(SCHEME).split("/", 2), "", ""])[:3]
+    entity, project, group = ([*source.partition(":")[2].split("/", 2), "", ""])[:3]
     if not (entity and project):
         raise ValueError(f"{source!r}: expected wandb:entity/project or wandb:entity/project/group")
     if not logged_in():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,18 @@ def flatten(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]
     flat.update({str(group): choice for group, choice in choices.items() if choice is not None})
     flat["norm"] = row["norm"]
     return flat
+
+
+def used(config: dict[str, Any], unused: Collection[str]) -> dict[str, Any]:
+    """The config without the parts that the job's own module did not take: they say nothing of it."""
+    if not unused:
+        return config
+    job = mapping(config.get("job"))
+    choices = {group: option for group, option in mapping(job.get("choices")).items() if group not in unused}
+    if "model" in unused and "module" in choices:
+        choices["model"] = choices["module"]
+    kept = {key: value for key, value in config.items() if key not in unused}
+    return kept | {"job": {**job, "choices": choices}}
 
 
 def mapping(value: Any) -> dict[Any, Any]:

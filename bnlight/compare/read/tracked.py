@@ -8,11 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bnlight.compare.read.run import Run, mapping, number, row_of
+from bnlight.compare.read.run import Run, mapping, number, row_of, used
 from bnlight.run.survive.lock import STALE_SECONDS
 
 GLOBAL_STEP = "trainer/global_step"  # Lightning's name of the optimizer step
 _INDEX = {"step", "epoch", "time", "attempt"}  # of a line, which is no metric
+_PERHAPS_UNUSED = (
+    "model",
+    "optimizer",
+    "scheduler",
+)  # by a module of the user's own; W&B is not told of them
 STATES = {
     "finished": "done",
     "failed": "failed",
@@ -53,7 +58,7 @@ def run_of(tracked: Tracked) -> Run:
     metrics = _metrics(lines, config if state == "done" else {})
     for name, value in tracked.summary.items():
         value = value.get("last") if isinstance(value, dict) else value
-        if name not in metrics and name[0] != "_" and not math.isnan(number(value)):
+        if name not in metrics and name[:1] != "_" and not math.isnan(number(value)):
             metrics[name] = number(value)
     for name in (GLOBAL_STEP, *_INDEX):
         metrics.pop(name, None)
@@ -67,12 +72,7 @@ def run_of(tracked: Tracked) -> Run:
         "git": tracked.git,
         "wandb_url": tracked.url,
     }
-    status = {
-        "state": state,
-        "error": error,
-        "attempt": tracked.attempts,
-        "heartbeat": tracked.heartbeat,
-    }
+    status = {"state": state, "error": error, "attempt": tracked.attempts, "heartbeat": tracked.heartbeat}
     row = row_of(tracked.name, config, status, result)
     row["norm"], row["sweep"] = row["norm"] or "?", row["sweep"] or tracked.place[-1]
     run = Run(tracked.name, tracked.place, tracked.source, row, config, lines=lines)
@@ -87,11 +87,10 @@ def run_of(tracked: Tracked) -> Run:
 def _config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without what W&B, and bnlight for W&B, have added."""
     kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    job = mapping(kept.get("job"))
-    if not job:
-        return kept
-    kept["norm"] = {key: value for key, value in mapping(kept.get("norm")).items() if key != "name"}
-    return kept
+    choices = mapping(mapping(kept.get("job")).get("choices"))
+    if choices and isinstance(kept.get("norm"), dict):
+        kept["norm"] = {key: value for key, value in kept["norm"].items() if key != "name"}
+    return used(kept, [group for group in _PERHAPS_UNUSED if group in choices and group not in kept])
 
 
 def _lines(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -101,7 +100,7 @@ def _lines(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     for row in rows:
         at = row.get(steps, math.nan)
         step = int(at) if math.isfinite(at) else step
-        line = {name: value for name, value in row.items() if name[0] != "_" and name != GLOBAL_STEP}
+        line = {name: value for name, value in row.items() if name[:1] != "_" and name != GLOBAL_STEP}
         if not line.keys() <= _INDEX:
             line["step"], line["time"] = step, row.get("_timestamp", math.nan)
             lines.append(line)
