@@ -6,13 +6,8 @@ import json
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import wandb_workspaces.reports.v2 as wr
-import wandb_workspaces.workspaces as ws
-from wandb_workspaces import expr
-from wandb_workspaces.reports.v2.internal import ReportViewspec
-from wandb_workspaces.workspaces.internal import View
-
 from bnlight.compare.formats import as_markdown
+from bnlight.compare.report.library import ReportViewspec, View, expr, wr, ws
 from bnlight.compare.report.names import colours, config_key, filters, only, owners, server_key, summary_key
 from bnlight.compare.report.panels import HEIGHT, curves, norms, placed, results
 from bnlight.compare.report.run import PAGE, TABLE

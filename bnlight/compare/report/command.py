@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from wandb.errors import Error as WandbError
+
 from bnlight.compare.comparison import Comparison, compare
 from bnlight.run.status import write_atomic
 from bnlight.run.tracking.logger import logged_in
@@ -50,14 +52,13 @@ def main(arguments: Sequence[str]) -> int:
         entity = options.entity or os.environ.get("WANDB_ENTITY") or _of_runs(comparison, "entity", "")
         file = options.output or comparison.output / "wandb_report.json"
         return write(comparison, project, entity, options.title, file, options.push)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError, WandbError) as error:
         print(error, file=sys.stderr)
         return 2
 
 
 def write(comparison: Comparison, project: str, entity: str, title: str, file: Path, push: bool) -> int:
     """Write the report to `file` and the workspace beside it; with `push`, save both in W&B."""
-    import bnlight.compare.report  # noqa: F401 - says what to install
     from bnlight.compare.report.build import build_report, build_workspace, report_json, workspace_json
     from bnlight.compare.report.run import log_summary
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import wandb_workspaces.reports.v2 as wr
-
 from bnlight.compare.axes import sortable
 from bnlight.compare.page.data import spaced_by_factors
+from bnlight.compare.report.library import wr
 from bnlight.compare.report.names import config_key, summary_key
 from bnlight.compare.verdict import metric_words
 from bnlight.run.tracking.pieces import GLOBAL_STEP

@@ -19,9 +19,9 @@ COMMANDS = ("ls", "sync", "leet")
 
 def main(arguments: Sequence[str]) -> int:
     """`bnlight wandb ls|sync|leet`; returns the exit code."""
-    if arguments[:1] not in ([name] for name in COMMANDS):
+    if not arguments or arguments[0] not in COMMANDS:
         print(USAGE, file=sys.stderr)
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     what, *rest = arguments
     parser = argparse.ArgumentParser(prog=f"bnlight wandb {what}", usage=USAGE)
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR")
