@@ -30,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 a job failed, 2 the command was wrong, 130 Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # a process of its own, not a call from Python
+        from bnlight.run.survive.output import outlive_the_reader
         from bnlight.run.survive.supervisor import of_worker, supervise, supervises
 
+        outlive_the_reader()
         if supervises(given):
             return supervise(given)
         of_worker()

@@ -20,6 +20,7 @@ from bnlight.run import sweep
 from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_done
 from bnlight.run.ranks.devices import visible_devices
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
+from bnlight.run.survive.output import outlive_the_reader
 from bnlight.run.status import read_json
 
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
@@ -138,6 +139,7 @@ def _in_child(pickled: bytes, answer: Connection) -> None:
     import cloudpickle
 
     threading.Thread(target=_die_with_launcher, daemon=True).start()
+    outlive_the_reader()
     try:
         folder, variables, job = cloudpickle.loads(pickled)
         os.chdir(folder)

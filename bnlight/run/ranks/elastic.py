@@ -23,11 +23,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from bnlight.run.ranks.processes import die_with_parent, ended_how, parenthood
 from bnlight.run.status import read_json, update_status
 from bnlight.run.survive.command import DIED, STOPPED_BY_SIGNAL
+from bnlight.run.survive.output import outlive_the_reader
 
 
 def main() -> int:
     """Start the ranks, wait for them, and leave the first failure's traceback in the job's status."""
     die_with_parent()
+    outlive_the_reader()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the status says it better
     os.environ.update(parenthood())
     _stop_once()

@@ -15,6 +15,7 @@ from bnlight.lightning.stop import Stopped
 from bnlight.run.ranks.processes import die_with_parent
 from bnlight.run.status import update_status
 from bnlight.run.survive.command import STOPPED_BY_SIGNAL
+from bnlight.run.survive.output import outlive_the_reader
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def main() -> None:
     """Train this rank's share of the job; an exception reaches the launcher with its traceback."""
     die_with_parent()
+    outlive_the_reader()
     from bnlight.run.isolation import log_to
     from bnlight.run.train import train
 

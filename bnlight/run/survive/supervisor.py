@@ -20,8 +20,10 @@ from bnlight.lightning.stop import ASKING
 from bnlight.run.ranks.processes import PARENT, die_with_parent, ended_how, parenthood
 from bnlight.run.screen import Screen, is_wanted
 from bnlight.run.status import read_json, update_status
-from bnlight.run.survive.command import DIED, WORKER, command, journal, note, unfinished
+from bnlight.run.survive.command import WORKER, command, journal, note, unfinished
 from bnlight.run.survive.lock import owner
+from bnlight.run.survive.output import to_nowhere
+from bnlight.run.survive.suspended import SECONDS_BETWEEN_LOOKS, Suspended
 
 FORWARDED = (*ASKING, signal.SIGHUP)
 FROM_TERMINAL = 0x80  # si_code SI_KERNEL: the terminal sent it, to the worker as well
@@ -94,13 +96,16 @@ class Supervisor:
         )
         if screen:
             screen.begin()
+        suspended = Suspended(self.journal)
         try:
             while True:
                 done, status = os.waitpid(self.worker, os.WNOHANG)
                 if done:
                     return os.waitstatus_to_exitcode(status)
-                info = signal.sigwaitinfo([*self.watched, signal.SIGCHLD])
-                if info.si_signo != signal.SIGCHLD:
+                info = signal.sigtimedwait([*self.watched, signal.SIGCHLD], SECONDS_BETWEEN_LOOKS)
+                if info is None:
+                    suspended.look()
+                elif info.si_signo != signal.SIGCHLD:
                     self._pass_on(info)
                     if screen and info.si_signo == signal.SIGINT:
                         screen.say("Stopping after this step; Ctrl-C again stops at once.")
@@ -124,9 +129,12 @@ class Supervisor:
             os.kill(self.worker, info.si_signo)
 
     def _record(self, directory: Path, code: int) -> None:
-        """Write into the job's status that its process died, unless its watchdog has said why."""
+        """Write into the job's status that its process died, unless the status says how the job ended."""
         status: dict[str, Any] = read_json(directory / "status.json")
-        if status.get("state") != "running" and code == DIED:
+        if status.get("state") in ("done", "diverged"):  # it died after that
+            note("ended", directory)
+            return
+        if status.get("state") == "failed":
             what = status.get("error") or "ended by its watchdog"
         elif owner(directory):  # a launcher's process that still runs
             return
@@ -162,7 +170,4 @@ def of_worker() -> None:
 
 def _without_terminal(*_: Any) -> None:
     """The terminal is closed, and SIGTERM comes next: what is printed until the end goes nowhere, and does not fail."""
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        for stream in (1, 2):
-            if stat.S_ISCHR(os.fstat(stream).st_mode):
-                os.dup2(nowhere.fileno(), stream)
+    to_nowhere(*(stream for stream in (1, 2) if stat.S_ISCHR(os.fstat(stream).st_mode)))

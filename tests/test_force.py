@@ -1,0 +1,84 @@
+"""`--force` runs each job again once, also where the sweep's worker dies meanwhile."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SMALL
+
+from bnlight.cli import main
+from bnlight.run.status import read_status
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+# Data that note whose they are, and kill their process where the test wants it: in the training, or when the job
+# is done and recorded.
+MINE = """
+import os, pathlib, signal
+from threading import Thread
+from bnlight.data import Digits
+
+def kill_when_done(status):
+    while '"done"' not in status.read_text():
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class Data(Digits):
+    def __init__(self, of_seed, **options):
+        super().__init__(**options)
+        self.of_seed = of_seed
+
+    def setup(self, stage):
+        if stage == "fit":
+            with open("trained", "a") as file:
+                print(self.of_seed, file=file)
+            if pathlib.Path(f"kill-{self.of_seed}").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            if pathlib.Path(f"kill-after-{self.of_seed}").exists():
+                status = pathlib.Path(self.trainer.default_root_dir, "status.json")
+                Thread(target=kill_when_done, args=[status], daemon=True).start()
+        super().setup(stage)
+"""
+SWEEP = ["train", "-m", *SMALL, "progress=off", "+trainer.limit_train_batches=2", "seed=0,1,2,3",
+         "data=custom", "data._target_=mine.Data", "+data.of_seed=${seed}"]  # fmt: skip
+PARALLEL = ["hydra/launcher=parallel", "hydra.launcher.n_jobs=2"]
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(PARALLEL, marks=pytest.mark.slow)], ids=["serial", "parallel"]
+)
+def test_a_forced_sweep_runs_each_job_once_though_workers_die(
+    project: Path, bnlight: Command, launcher: list[str]
+) -> None:
+    (project / "mine.py").write_text(MINE)
+    assert main(SWEEP) == 0
+    (project / "kill-1").touch()
+    (project / "kill-after-2").touch()
+    done = bnlight(*SWEEP, "--force", *launcher)
+    assert done.returncode == 1, done.stderr
+    assert trained(project) == dict.fromkeys("0123", 2)
+    assert states(project) == {0: "done", 1: "failed", 2: "done", 3: "done"}
+    assert "4 jobs, 3 done, 1 failed" in done.stdout
+    assert done.stdout.count("A new worker takes the rest") == (0 if launcher else 2)
+    for path in project.glob("outputs/train/*/status.json"):
+        assert read_status(path.parent)["attempt"] == 1  # begun anew
+
+    (project / "kill-1").unlink()
+    assert main([*SWEEP, "--retry-failed"]) == 0
+    assert trained(project) == {"0": 2, "1": 3, "2": 2, "3": 2}
+
+
+def trained(project: Path) -> dict[str, int]:
+    return dict(Counter(sorted((project / "trained").read_text().split())))
+
+
+def states(project: Path) -> dict[int, str]:
+    jobs = [path.parent for path in project.glob("outputs/train/*/status.json")]
+    return {
+        yaml.safe_load((job / "config.yaml").read_text())["seed"]: read_status(job)["state"] for job in jobs
+    }
