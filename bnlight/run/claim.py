@@ -87,9 +87,8 @@ def begin(
     if rerun == "all":
         status = _wipe(directory)
     config = config | {"rerun": rerun}
-    if (
-        state == "interrupted" and status.get("started") and last_alive
-    ):  # killed: it could not say for how long
+    killed = state == "interrupted" and status.get("started")  # so it could not say for how long it ran
+    if killed and last_alive:
         status["seconds"] = status.get("seconds", 0.0) + max(0.0, last_alive - status["started"])
     write_atomic(directory / "config.yaml", yaml.dump(config, Dumper=DUMPER, sort_keys=False))
     status |= {
