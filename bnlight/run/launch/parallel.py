@@ -20,8 +20,8 @@ from bnlight.run import sweep
 from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_done
 from bnlight.run.ranks.devices import visible_devices
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
-from bnlight.run.survive.output import outlive_the_reader
 from bnlight.run.status import read_json
+from bnlight.run.survive.output import outlive_the_reader
 
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
 
