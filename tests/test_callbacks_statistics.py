@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import BackboneFinetuning, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from wandb import teardown
 from wandb_file import read_run
 
 from bnlight import freeze_norm, pool_statistics
@@ -268,6 +269,7 @@ def test_histograms_go_to_wandb_alone(project, tmp_path):
     wandb = WandbLogger(offline=True, save_dir=tmp_path, project="p")
     fit(Module(), NormMonitor(4, histograms=True), logger=[wandb, CSVLogger(tmp_path)], max_epochs=1)
     wandb.experiment.finish()
+    teardown()  # W&B's process writes the file's end after `finish` has returned
     (run,) = tmp_path.glob("wandb/offline-run-*")
     metrics = read_run(run)["metrics"]
     assert {"norm/net.1/train_eval_gap", "norm/net.1/weight_norm"} <= metrics
