@@ -168,7 +168,9 @@ def test_runs_that_bnlight_has_not_made_are_read_and_what_they_lack_is_noted(pro
         "empty: its W&B config has no norm (norm, or norm.name)",
         "empty: no metric in W&B",
     ]
-    compare(project)
+    said = str(compare(project))
+    assert "diverged named: val/loss is nan at step 7" in said
+    assert "nan\n" not in said  # a run without a log is named by its source
 
 
 def test_a_file_that_is_cut_off_anywhere_is_an_interrupted_run_or_a_note(only_wandb: Path) -> None:

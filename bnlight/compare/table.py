@@ -68,7 +68,7 @@ def columns(comparison: Comparison, spread: bool = False) -> list[Column]:
         result.append(Column("worst", [number(m.worst) for m in metric]))
     if any(cell.best_loss.n for cell in cells) and comparison.metric != "best_val/loss":
         result.append(Column("best validation\nloss", [number(cell.best_loss.mean) for cell in cells]))
-    if "val/accuracy" in comparison.history:
+    if any(cell.reached for cell in cells):
         result.append(Column(f"steps to\n{comparison.target * 100:g} %", [_steps(c) for c in cells]))
     if any(cell.seconds.n for cell in cells):
         result.append(Column("time per\nstep", [milliseconds(cell.seconds.mean) for cell in cells]))
@@ -220,8 +220,11 @@ def _trouble(comparison: Comparison, console: Console) -> None:
     for run in _first(list(lost.itertuples())):
         reason = run.error if isinstance(run.error, str) else "no traceback was recorded"
         _line(console, Text.assemble((f"{run.state} ", "red"), run.job, ": ", reason))
-        where = comparison.directory / run.log if isinstance(run.log, str) else run.url
-        _line(console, Text(f"  {where or run.source}"))
+        kept = isinstance(run.log, str)  # or it is a run of W&B
+        where = (
+            comparison.directory / run.log if kept else run.url if isinstance(run.url, str) else run.source
+        )
+        _line(console, Text(f"  {where}"))
     _more(console, len(lost), "failed or diverged jobs are in results.csv")
     unfinished = runs[runs["state"].isin(["running", "preempted", "interrupted"])]
     if len(unfinished):
