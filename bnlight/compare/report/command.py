@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         entity = options.entity or os.environ.get("WANDB_ENTITY") or _of_runs(comparison, "entity", "")
         file = options.output or comparison.output / "wandb_report.json"
         return write(comparison, project, entity, options.title, file, options.push)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError, WandbError) as error:
+    except (OSError, ModuleNotFoundError, ValueError, WandbError) as error:
         print(error, file=sys.stderr)
         return 2
 
