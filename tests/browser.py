@@ -148,14 +148,18 @@ class Tab:
             time.sleep(0.02)
 
     def click(self, selector):
-        """A real click of the mouse in the middle of what `selector` finds."""
-        box = self.run(f"""(() => {{
+        """A real click of the mouse in the middle of what `selector` finds, once that stands still."""
+        middle = f"""(async () => {{
             const found = document.querySelector({json.dumps(selector)});
             found.scrollIntoView({{ block: "center", behavior: "instant" }});
+            await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
             const {{ x, y, width, height }} = found.getBoundingClientRect();
             return [x + width / 2, y + height / 2];
-        }})()""")
-        self.click_at(*box)
+        }})()"""
+        before, now = None, self.run(middle)
+        while now != before:
+            before, now = now, self.run(middle)
+        self.click_at(*now)
 
     def click_at(self, x, y):
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from browser import needs_browser
 from page_sweeps import draw_all, expected, open_browser, open_tab, results, rows, small_sweep  # noqa: F401
+from test_compare_builder import write_job
 
+from bnlight.compare import compare
 from bnlight.compare.palette import hexadecimal
 
 pytestmark = needs_browser
@@ -192,4 +194,23 @@ def test_the_page_prints_with_all_its_figures_in_light_colours(browser, small):
     assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.run("getComputedStyle(document.getElementById('theme')).display") == "none"
     assert tab.problems == []
+    tab.close()
+
+
+def test_a_script_in_a_name_never_runs(browser, tmp_path):
+    evil = '<script>alert(1)</script><img src=x onerror="document.title=1">'
+    for norm in (evil, "batch"):
+        for seed in (0, 1):
+            write_job(tmp_path, norm=norm, seed=seed, state="done")
+    write_job(tmp_path, norm="group", state="failed", traceback=evil)
+    tab = browser.open(compare(tmp_path).page.as_uri())
+    draw_all(tab)
+    shown = "[...document.querySelectorAll('.legend button')].map(each => each.textContent)"
+    assert sorted(tab.run(shown)) == sorted([evil, "batch"])
+    tab.click("#runs tbody tr:last-child a[data-run]")
+    assert evil in tab.run("document.getElementById('panel').textContent")
+    assert tab.run("document.querySelectorAll('img').length") == 0
+    assert tab.run("document.title") == f"{tmp_path.name}: comparison"
+    assert tab.problems == []
+    assert len(tab.requests) == 1
     tab.close()

@@ -23,7 +23,11 @@ for (const [at, head] of $$("#runs th").entries()) {
 // ---- begin
 
 systemDark.addEventListener("change", () => { wear(); redraw(); });
-addEventListener("beforeprint", () => { printing = true; wear(); figures.filter(({ frame }) => frame.offsetParent).forEach(drawFigure); });
+addEventListener("beforeprint", () => {
+  printing = true;
+  wear();
+  figures.filter(({ frame }) => frame.offsetParent).forEach(drawFigure);
+});
 addEventListener("afterprint", () => { printing = false; wear(); redraw(); });
 addEventListener("hashchange", () => setFilter(state()));
 wear(remembered());

@@ -16,10 +16,12 @@ async function saveFigure(build, title, format) {
   theme = themes.light;
   const { data: traces, layout } = build(900);
   theme = before;
-  const figure = { data: traces, layout: { ...layout, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff", margin: { ...layout.margin, t: layout.margin.t + 12 } } };
-  const url = await Plotly.toImage(figure, { format, width: 900, height: Math.max(layout.height, 320), scale: format === "png" ? 2 : 1 });
-  if (format === "svg") save(`${fileName(title)}.svg`, "image/svg+xml", decodeURIComponent(url.slice(url.indexOf(",") + 1)));
-  else save(`${fileName(title)}.png`, "image/png", Uint8Array.from(atob(url.slice(url.indexOf(",") + 1)), sign => sign.charCodeAt(0)));
+  const margin = { ...layout.margin, t: layout.margin.t + 12 };
+  const figure = { data: traces, layout: { ...layout, margin, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff" } };
+  const size = { width: 900, height: Math.max(layout.height, 320), scale: format === "png" ? 2 : 1 };
+  const url = await Plotly.toImage(figure, { format, ...size }), content = url.slice(url.indexOf(",") + 1);
+  if (format === "svg") save(`${fileName(title)}.svg`, "image/svg+xml", decodeURIComponent(content));
+  else save(`${fileName(title)}.png`, "image/png", Uint8Array.from(atob(content), sign => sign.charCodeAt(0)));
 }
 
 const visible = element => !element.hidden && getComputedStyle(element).display !== "none";
@@ -35,7 +37,8 @@ function contents(table, exact = false) {
   })).filter(column => column.shown);
   const head = columns.flatMap(column => column.half ? [column.head.replace(/ ± .*/, ""), "± 95 % CI"] : [column.head]);
   const rows = lines.map(row => columns.flatMap(({ at, half }) => {
-    const { dataset } = row.cells[at], value = exact && dataset.value !== undefined ? dataset.value : plain(row.cells[at]);
+    const { dataset } = row.cells[at];
+    const value = exact && dataset.value !== undefined ? dataset.value : plain(row.cells[at]);
     return half ? [value, dataset.half ?? ""] : [value];
   }));
   return { head, rows, numeric: columns.map(column => column.numeric) };
@@ -49,7 +52,10 @@ const writers = {
   }],
   LaTeX: ["tex", "application/x-tex", table => {
     const { head, rows, numeric } = contents(table);
-    const signs = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "−": "$-$", "<": "$<$", ">": "$>$" };
+    const signs = {
+      "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}",
+      "±": "$\\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
+    };
     const field = value => value.replace(/[\\~^±−<>&%$#_{}]/g, sign => signs[sign] ?? `\\${sign}`);
     const line = row => `${row.map(field).join(" & ")} \\\\`;
     return [`\\begin{tabular}{${numeric.map(right => right ? "r" : "l").join("")}}`, "\\toprule", line(head), "\\midrule",

@@ -73,7 +73,8 @@ draw.curves = ({ metric, condition }, { band }) => {
       data.contenders[data.cells[cell].contender].name, step, curve.at[index].mean, ...(ends[index] ?? [null, null])]));
     if (band === "seeds") for (const { run, x, y } of curve.curves) lines.push({
       ...common, x, y, mode: "lines", opacity: 0.45, line: { ...common.line, width: 1.2 },
-      customdata: x.map(() => String(run)), hovertemplate: `${name}, seed ${safe(runs.seed[run])}<br>step %{x}: %{y:.4g}<extra></extra>`,
+      customdata: x.map(() => String(run)),
+      hovertemplate: `${name}, seed ${safe(runs.seed[run])}<br>step %{x}: %{y:.4g}<extra></extra>`,
     });
     else if (curve.curves.length > 1) bands.push({
       type: "scatter", name, x: [...curve.steps, ...[...curve.steps].reverse()], mode: "lines", line: { width: 0 },
@@ -162,7 +163,8 @@ function lines(cells, key) {
 
 // Lines with an error bar at the same value lie side by side.
 function dodge(key, at, count, x) {
-  const values = axisOf[key].levels.map(Number).filter(Number.isFinite), low = Math.min(...values), high = Math.max(...values);
+  const values = axisOf[key].levels.map(Number).filter(Number.isFinite);
+  const low = Math.min(...values), high = Math.max(...values);
   const shift = (at - (count - 1) / 2) * Math.min(0.008, 0.06 / count);
   return axisOf[key].log ? x * (high / low) ** shift : x + (high - low) * shift;
 }
@@ -173,9 +175,10 @@ function lineFigure(key, title, height, points, format) {
     const sorted = [...at].sort((a, b) => a[0] - b[0]);
     if (!sorted.length) continue;
     traces.push({
-      type: "scatter", mode: "lines+markers", name, x: sorted.map(([x]) => dodge(key, place, points.length, x)), y: sorted.map(([, { y }]) => y),
+      type: "scatter", mode: "lines+markers", name, text: sorted.map(([x]) => short(x)),
+      x: sorted.map(([x]) => dodge(key, place, points.length, x)), y: sorted.map(([, { y }]) => y),
       error_y: errorBars(sorted.map(([, { half }]) => half ?? null), colour), line: { color: colour, width: 2, dash },
-      marker: { color: colour, size: 9, symbol }, customdata: sorted.map(([, { which }]) => which.join()), text: sorted.map(([x]) => short(x)),
+      marker: { color: colour, size: 9, symbol }, customdata: sorted.map(([, { which }]) => which.join()),
       hovertemplate: `${name}<br>${safe(axisOf[key].label)} %{text}: %{y:${format}}<extra></extra>`,
     });
     for (const [x, { y, half, n }] of sorted) rows.push([name, x, n, y, half ?? null]);

@@ -2,16 +2,21 @@
 
 // ---- the table under a filter
 
-const table = $("#cells"), asWritten = table ? [...table.tBodies[0].rows].map(row => ({ row, className: row.className, html: row.innerHTML })) : [];
+const table = $("#cells");
+const asWritten = [...table.tBodies[0].rows].map(row => ({ row, className: row.className, html: row.innerHTML }));
 
 const entries = {
   n: which => [String(which.length)],
-  interval: (which, of) => { const found = estimate(valuesOf(which, of)); return [interval(found), found.mean, found.half]; },
+  interval: (which, of) => {
+    const found = estimate(valuesOf(which, of));
+    return [interval(found), found.mean, found.half];
+  },
   time: (which, of) => { const { mean } = estimate(valuesOf(which, of)); return [milliseconds(mean), mean]; },
   steps: (which, of) => {
     if (!which.length) return ["-"];
     const values = which.map(run => runs.columns[of][run] ?? Infinity), middle = median(values);
-    return [`${Number.isFinite(middle) ? short(middle) : "-"} (${values.filter(Number.isFinite).length}/${which.length})`, middle];
+    const reached = `(${values.filter(Number.isFinite).length}/${which.length})`;
+    return [`${Number.isFinite(middle) ? short(middle) : "-"} ${reached}`, middle];
   },
   boot: () => ["all runs only"],
 };
@@ -20,7 +25,8 @@ for (const kind of ["mean", "std", "median", "worst"])
 
 function lost(cell) {
   const counts = {};
-  for (const run of keptRuns(cell)) if (!["done", "duplicate"].includes(runs.state[run])) counts[runs.state[run]] = (counts[runs.state[run]] ?? 0) + 1;
+  for (const state of keptRuns(cell).map(run => runs.state[run]))
+    if (state !== "done" && state !== "duplicate") counts[state] = (counts[state] ?? 0) + 1;
   return Object.keys(counts).sort().map(state => `${counts[state]} ${state}`).join(", ");
 }
 
@@ -41,7 +47,10 @@ function fillTable() {
       if (kind === "setting") return;
       const [text, value, half] = kind === "lost" ? [lost(cell)] : entries[kind](which, of);
       entry.replaceChildren(text, ...$$(".star", entry));
-      for (const [name, exact] of Object.entries({ value, half })) Number.isFinite(exact) ? entry.dataset[name] = exact : delete entry.dataset[name];
+      for (const [name, exact] of Object.entries({ value, half })) {
+        delete entry.dataset[name];
+        if (Number.isFinite(exact)) entry.dataset[name] = exact;
+      }
     });
   }
   if (filtering()) rank(means);
@@ -51,7 +60,8 @@ function fillTable() {
 function rank(means) {
   const condition = row => data.cells[row.dataset.cell].condition;
   const worth = row => Number.isFinite(means.get(row)) ? means.get(row) * (data.lower ? 1 : -1) : Infinity;
-  const sorted = [...means.keys()].filter(row => !row.hidden).sort((a, b) => condition(a) - condition(b) || (worth(a) > worth(b)) - (worth(a) < worth(b)));
+  const order = (a, b) => condition(a) - condition(b) || (worth(a) > worth(b)) - (worth(a) < worth(b));
+  const sorted = [...means.keys()].filter(row => !row.hidden).sort(order);
   const led = new Set();
   let before = null;
   for (const row of sorted) {
@@ -69,12 +79,13 @@ function rank(means) {
 const form = $("#filters"), note = $("#filtered");
 
 function where() {
-  return data.filters.flatMap(({ key, levels }, at) => ticked[at].size ? [[key, [...ticked[at]].sort((a, b) => a - b).map(code => levels[code])]] : []);
+  const chosen = data.filters.map(({ key, levels }, at) => [key, levels.filter((_, code) => ticked[at].has(code))]);
+  return chosen.filter(([, levels]) => levels.length);
 }
 
 function filterChanged() {
   applyFilter();
-  if (table) fillTable();
+  fillTable();
   for (const row of $$("#runs tbody tr")) row.hidden = !kept[row.dataset.run];
   tellFilter();
   redraw();
@@ -89,7 +100,8 @@ function tellFilter() {
   const command = [data.command, "--where", ...[...data.where, ...asked].map(quoted)].join(" ");
   note.replaceChildren(
     element("p", {}, element("strong", {}, `Filter on: ${kept.filter(Boolean).length} of ${kept.length} runs. `),
-      "The table, the runs and the figures drawn from runs show these alone. The verdict and the evidence remain those of all runs. To compute everything again:"),
+      "The table, the runs and the figures drawn from runs show these alone. The verdict and the evidence remain ",
+      "those of all runs. To compute everything again:"),
     element("code", {}, command), button("Show all runs", "Clear the filter", () => setFilter(new URLSearchParams())));
 }
 

@@ -42,7 +42,9 @@ const build = (figure, width) => draw[figure.spec.kind](figure.spec, { width, ba
 
 function drawFigure(figure) {
   figure.stale = false;
-  const chart = $(".chart", figure.frame), width = printing ? (figure.frame.classList.contains("wide") ? 690 : 335) : chart.clientWidth;
+  figure.frame.classList.add("drawn");
+  const chart = $(".chart", figure.frame), paper = figure.frame.classList.contains("wide") ? 690 : 335;
+  const width = printing ? paper : chart.clientWidth;
   const made = build(figure, width);
   figure.frame.classList.toggle("empty", !made);
   if (!made) {
@@ -78,13 +80,15 @@ function redraw() {
 // The same numbers as text: for a screen reader, and for whoever wants them.
 function fillNumbers(figure, place) {
   const { table: { head, rows } } = build(figure, 900) ?? { table: { head: [], rows: [] } };
-  const numeric = head.map((_, at) => rows.every(row => row[at] === null || typeof row[at] === "number"));
+  const numeric = value => value === null || typeof value === "number";
+  const classes = head.map((_, at) => rows.every(row => numeric(row[at])) ? "number" : "");
   const cellsOf = row => row.map((value, at) => {
-    const cell = element("td", { className: numeric[at] ? "number" : "" }, typeof value === "number" ? short(value) : value ?? "-");
-    if (typeof value === "number") cell.dataset.value = value;
+    const exact = typeof value === "number";
+    const cell = element("td", { className: classes[at] }, exact ? short(value) : value ?? "-");
+    if (exact) cell.dataset.value = value;
     return cell;
   });
-  const titles = head.map((title, at) => element("th", { scope: "col", className: numeric[at] ? "number" : "" }, title));
+  const titles = head.map((title, at) => element("th", { scope: "col", className: classes[at] }, title));
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...titles)),
     element("tbody", {}, ...rows.map(row => element("tr", {}, ...cellsOf(row)))));
   const exports = element("div", { className: "exports" });
@@ -98,8 +102,10 @@ for (const figure of figures) {
   const numbers = element("details", { className: "numbers" }, element("summary", {}, "Numbers"));
   numbers.addEventListener("toggle", () => numbers.open && fillNumbers(figure, numbers));
   const exports = element("div", { className: "exports" });
-  for (const format of ["svg", "png"]) exports.append(button(format.toUpperCase(), `${title}: save as ${format.toUpperCase()}`,
-    () => saveFigure(width => build(figure, width), title, format)));
+  for (const format of ["svg", "png"]) {
+    const name = format.toUpperCase(), action = () => saveFigure(width => build(figure, width), title, format);
+    exports.append(button(name, `${title}: save as ${name}`, action));
+  }
   figure.frame.append(element("div", { className: "tools" }, numbers, exports));
 }
 
@@ -109,15 +115,17 @@ for (const band of $$("[name=band]")) band.addEventListener("change", redraw);
 
 const dashes = { solid: "", dash: "7 4", dot: "2 3", dashdot: "7 3 2 3" };
 const shapes = {
-  circle: "M13 1a4 4 0 1 0 .01 0Z", square: "M9.5 1.5h7v7h-7Z", diamond: "M13 0l5 5-5 5-5-5Z", "triangle-up": "M13 0l5 9H8Z",
-  "triangle-down": "M13 10L8 1h10Z", cross: "M11.3 0h3.4v3.3H18v3.4h-3.3V10h-3.4V6.7H8V3.3h3.3Z", pentagon: "M13 0l5 3.8-1.9 5.9H9.9L8 3.8Z",
+  circle: "M13 1a4 4 0 1 0 .01 0Z", square: "M9.5 1.5h7v7h-7Z", diamond: "M13 0l5 5-5 5-5-5Z",
+  "triangle-up": "M13 0l5 9H8Z", "triangle-down": "M13 10L8 1h10Z", pentagon: "M13 0l5 3.8-1.9 5.9H9.9L8 3.8Z",
+  cross: "M11.3 0h3.4v3.3H18v3.4h-3.3V10h-3.4V6.7H8V3.3h3.3Z",
   star: "M13 0l1.3 3.5 3.7.2-2.9 2.3 1 3.6L13 7.6 9.9 9.6l1-3.6L8 3.7l3.7-.2Z",
 };
 
 function swatch(contender) {
   const { colour, dash, symbol } = look(contender), holder = document.createElement("span");
-  holder.innerHTML = `<svg width="26" height="10" viewBox="0 0 26 10" aria-hidden="true" data-contender="${contender}"><path d="M0 5h26" `
-    + `stroke="${colour}" stroke-width="2" stroke-dasharray="${dashes[dash]}"/><path d="${shapes[symbol]}" fill="${colour}"/></svg>`;
+  const line = `<path d="M0 5h26" stroke="${colour}" stroke-width="2" stroke-dasharray="${dashes[dash]}"/>`;
+  const size = `width="26" height="10" viewBox="0 0 26 10" aria-hidden="true"`;
+  holder.innerHTML = `<svg ${size} data-contender="${contender}">${line}<path d="${shapes[symbol]}" fill="${colour}"/></svg>`;
   return holder.firstChild;
 }
 

@@ -16,16 +16,20 @@ function showRuns(which) {
 
 function showRun(run) {
   const value = ({ levels, codes }) => codes[run] < 0 ? "-" : levels[codes[run]];
-  const definitions = pairs => element("dl", {}, ...pairs.flatMap(([name, text]) => [element("dt", {}, name), element("dd", {}, text)]));
+  const pairOf = ([name, text]) => [element("dt", {}, name), element("dd", {}, text)];
+  const definitions = pairs => element("dl", {}, ...pairs.flatMap(pairOf));
   const links = [
-    ...(runs.path[run] ? [["Directory", `${runs.path[run]}/`], ["job.log", `${runs.path[run]}/job.log`], ["config.yaml", `${runs.path[run]}/config.yaml`]] : []),
+    ...(runs.path[run] ? [["Directory", ""], ["job.log", "job.log"], ["config.yaml", "config.yaml"]] : [])
+      .map(([name, file]) => [name, `${runs.path[run]}/${file}`]),
     ...(runs.url[run] ? [["W&B", runs.url[run]]] : []),
   ].map(([name, href]) => element("a", { href }, name));
   const results = Object.keys(runs.columns).filter(name => Number.isFinite(valueOf(run, name)))
     .map(name => [words(name), amount(name, valueOf(run, name))]);
-  const differs = Object.entries(data.configs.varying).map(([key, column]) => [key, value(column)]).filter(([, text]) => text !== "-");
+  const differs = Object.entries(data.configs.varying).map(([key, column]) => [key, value(column)])
+    .filter(([, text]) => text !== "-");
+  const lost = ["failed", "diverged"].includes(runs.state[run]);
   const parts = [
-    element("p", {}, element("span", { className: ["failed", "diverged"].includes(runs.state[run]) ? "bad" : "" }, runs.state[run]), `, seed ${runs.seed[run]}`),
+    element("p", {}, element("span", { className: lost ? "bad" : "" }, runs.state[run]), `, seed ${runs.seed[run]}`),
     element("p", { className: "links" }, ...links),
     ...(runs.error[run] ? [element("code", { className: "trace" }, runs.error[run])] : []),
     element("h3", {}, "Results"), definitions(results),
