@@ -68,7 +68,7 @@ def test_an_unknown_sweep_lists_the_sweeps(project: Path, capsys: pytest.Capture
     (project / "sweeps").mkdir()
     (project / "sweeps" / "mine.yaml").touch()
     assert main(["sweep", "nroms"]) == 2
-    assert "Choose one of list, mine, norms" in capsys.readouterr().err
+    assert "Choose one of batch_size, list, mine, norms" in capsys.readouterr().err
 
 
 def test_comparing_a_folder_without_jobs_says_so(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

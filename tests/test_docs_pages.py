@@ -42,7 +42,7 @@ def test_a_page_runs_as_it_reads(page: str, project: Path) -> None:
                     continue  # what made this environment
                 run(command, f"{page}, below line {above}")
     if page == "README.md":
-        assert len(list(project.glob("outputs/batch_size/*/result.json"))) == 2 * 2 * 3
+        assert len(list(project.glob("outputs/small_batches/*/result.json"))) == 2 * 2 * 3
 
 
 def run(command: str, where: str) -> None:
