@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from bnlight.run.ranks.started import Started, WrongRanks, started
+from bnlight.run.ranks.started import Started, WrongRanks, forget_earlier, started
 
 SECONDS_FOR_ALL = 300.0  # a rank may import from a slow disk
 SHOWN = 5  # differences in the message
@@ -34,7 +34,9 @@ def agree(config: Mapping[str, Any], folder: Path) -> None:
     store = _store(place, folder)
     store.set(f"config {place.rank}", json.dumps(config, sort_keys=True, default=str))
     if place.rank == 0:
-        store.set("verdict", _verdict(store, place.world_size))
+        verdict = _verdict(store, place.world_size)
+        forget_earlier(folder, place)  # while all wait for the verdict
+        store.set("verdict", verdict)
     try:
         verdict = store.get("verdict").decode()
     except Exception as error:

@@ -155,7 +155,7 @@ def go(directory: Path, identity: str) -> None:
                 f"rank {rank} has the config {str(theirs)[:8]}, but rank 0 has {identity[:8]}: all ranks must be "
                 "started with the same command and files"
             )
-    here = {"address": _address(place), "port": _free_port()} if place.by in OURS_TO_MEET else {}
+    here = {"address": _address(place), "port": _free_port()} if _is_ours_to_meet(place) else {}
     write_json(folder / "0.json", {"go": True, **here})
 
 
@@ -220,7 +220,7 @@ def _watch(folder: Path, place: Started, over: threading.Event, record: Callable
 def meeting(directory: Path) -> dict[str, str]:
     """The environment in which torch's ranks find each other; empty where it is set already."""
     place = started()
-    if place is None or place.by not in OURS_TO_MEET:
+    if place is None or not _is_ours_to_meet(place):
         return {}
     said = read_json(_folder(directory, place) / "0.json")
     return {
@@ -231,6 +231,16 @@ def meeting(directory: Path) -> dict[str, str]:
         "MASTER_ADDR": str(said["address"]),
         "MASTER_PORT": str(said["port"]),
     }
+
+
+def _is_ours_to_meet(place: Started) -> bool:
+    """Whether nobody else has told the ranks where to find each other."""
+    return place.by in OURS_TO_MEET or (place.by != "torchrun" and "MASTER_ADDR" not in os.environ)
+
+
+def forget_earlier(parent: Path, place: Started) -> None:
+    """Remove what ranks have left that were killed in an earlier launch of the same name."""
+    shutil.rmtree(_talk(parent, place), ignore_errors=True)
 
 
 def cluster_environment(plugins: list[Any]) -> list[Any]:
@@ -267,7 +277,11 @@ def _by_torch_names(by: str, launch: str) -> Started:
 
 def _folder(directory: Path, place: Started) -> Path:
     """Where the ranks of this launch talk: beside the job's directory, whose name depends on the config."""
-    return directory.parent / ".ranks" / place.launch
+    return _talk(directory.parent, place)
+
+
+def _talk(parent: Path, place: Started) -> Path:
+    return parent / ".ranks" / place.launch
 
 
 def _said_by(folder: Path, rank: int, deadline: float) -> dict[str, Any]:
