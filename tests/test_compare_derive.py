@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_compare_builder import write_job, write_json, write_metrics, write_sweep
 
-from bnlight.compare import read_runs
+from bnlight.compare import compare, read_runs
 from bnlight.compare.derive import derive, roughness, training_seconds
 
 
@@ -86,7 +86,9 @@ def test_without_a_timer_a_step_takes_the_median_of_the_clock(tmp_path):
 
 def test_a_step_of_several_batches_takes_as_many_times_as_long(tmp_path):
     rows = [row(10, train__seconds_per_step=0.5, val__accuracy=0.95)]
-    run = one(tmp_path, rows, settings={"trainer.accumulate_grad_batches": 4, "data.batch_size": 8})
+    settings = {"trainer.accumulate_grad_batches": 4, "data.batch_size": 8}
+    write_metrics(write_job(tmp_path, settings=settings), rows)
+    run = compare(tmp_path).runs.iloc[0]
     assert run["seconds_to_target"] == 20.0
     assert run["samples_per_second"] == 16.0
 

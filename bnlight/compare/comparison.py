@@ -177,7 +177,7 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
         )
     read, left_out = _filtered(read, question.where)
     monitor = monitor_of(read.configs)
-    runs = derive(read.runs, read.history, question.target, monitor)
+    runs = derive(read.runs, read.history, question.target, monitor, read.configs)
     if question.metric is not None and question.metric not in runs:
         names = ", ".join(sorted(str(name) for name in runs if "/" in str(name))) or "none"
         raise ValueError(f"no run in {shown} has the metric {question.metric!r}; there are: {names}")
@@ -186,7 +186,7 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
     axes, untuned = _axes(read, question, validation, bool((runs["state"] == "done").any()))
     repeats = repeats_of(read.configs, axes)
     cells = make_cells(runs, axes, metric, monitor, repeats)
-    evidence = gather(cells, runs, read.history, axes, metric, monitor, read.configs)
+    evidence = gather(cells, metric, monitor.lower(metric), repeats)
     found = findings(cells, metric, monitor, evidence.pairs)
     how = terms(cells, axes)
     tuned_by = validation if axes.tuned else None

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from bnlight.compare.axes import Axes
-from bnlight.compare.derive import Monitor
 from bnlight.compare.evidence.pairs import FAMILY, FEW, FEW_SEEDS, Pair, find_pairs
 from bnlight.compare.evidence.pareto import Front, find_fronts
 from bnlight.compare.evidence.ranking import Ranking, find_ranking
-from bnlight.compare.evidence.repeats import meetings, repeats_of
+from bnlight.compare.evidence.repeats import meetings
 from bnlight.compare.evidence.stability import Stability, find_stability
 from bnlight.compare.stats import Cell
 
@@ -34,18 +32,11 @@ class Evidence:
     notes: list[str]
 
 
-def gather(
-    cells: Sequence[Cell],
-    runs: pd.DataFrame,
-    history: pd.DataFrame,
-    axes: Axes,
-    metric: str,
-    monitor: Monitor,
-    configs: pd.DataFrame,
-) -> Evidence:
-    """The evidence on `metric` in the cells of `make_cells`, whose runs have the columns that `derive` adds."""
-    lower = monitor.lower(metric)
-    repeats = repeats_of(configs, axes)
+def gather(cells: Sequence[Cell], metric: str, lower: bool, repeats: pd.DataFrame) -> Evidence:
+    """The evidence on `metric` in the cells of `make_cells`, whose runs have the columns that `derive` adds.
+
+    `lower`: less of it is better. `repeats` is what `repeats_of` says of the runs.
+    """
     met = meetings(cells, metric, lower, repeats)
     pairs = [pair for meeting in met for pair in find_pairs(meeting)]
     ranking, remark = find_ranking(met, repeats)
