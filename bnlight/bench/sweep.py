@@ -4,12 +4,12 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def summary(costs: dict[str, list[list[Cost]]]) -> list[dict[str, float | str | 
 
 
 def growth(number: int) -> dict[str, float]:
-    """What a job costs beside `number` others, and the seconds of `bnlight status` and `bnlight compare` of all."""
+    """CPU seconds of a further job beside `number` others, and of `bnlight status` and `compare` of them all."""
     with tempfile.TemporaryDirectory(prefix="bnlight-bench-") as name:
         folder = Path(name, "out")
         run("bnlight", 3, folder)
@@ -81,16 +81,16 @@ def growth(number: int) -> dict[str, float]:
             _copy(one.parent, folder / "train" / f"copy-{copy}", copy)
         took = {"job": statistics.median(cpu for _, cpu in run("bnlight", 8, folder))}
         for what in ("status", "compare"):
-            took[what] = min(_seconds_of(what, folder / "train") for _ in range(LOOKS))
+            took[what] = min(_cpu_of(what, folder / "train") for _ in range(LOOKS))
     return took
 
 
-def _seconds_of(command: str, directory: Path) -> float:
-    begun = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "bnlight", command, str(directory)], stdout=subprocess.DEVNULL, check=True
-    )
-    return time.perf_counter() - begun
+def _cpu_of(command: str, directory: Path) -> float:
+    arguments = [sys.executable, "-m", "bnlight", command, str(directory)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(arguments, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def _copy(job: Path, to: Path, number: int) -> None:
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
     report.table(shown)
     sizes = {number: growth(number) for number in options.sizes}
     if sizes:
-        shown = table(["jobs in the directory"], ["a further job, CPU", "bnlight status", "bnlight compare"])
+        shown = table(["CPU beside so many jobs"], ["a further job", "bnlight status", "bnlight compare"])
         for number, took in sizes.items():
             shown.add_row(
                 str(number), f"{took['job']:.3f}", *(f"{took[what]:.2f}" for what in ("status", "compare"))
