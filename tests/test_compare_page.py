@@ -189,8 +189,8 @@ def test_a_sweep_over_batch_sizes_and_learning_rates_has_lines_and_maps_and_tell
     page = carried(comparison)
     figures = [f for f in page["figures"] if f["kind"] in ("line", "heat", "divergence")]
     assert [(f["kind"], f.get("x"), f.get("y")) for f in figures] == [
-        ("divergence", "optimizer.lr", None),
         ("line", "data.batch_size", None),
+        ("divergence", "optimizer.lr", None),
         ("line", "optimizer.lr", None),
         ("line", "optimizer.lr", None),
         ("heat", "data.batch_size", "optimizer.lr"),

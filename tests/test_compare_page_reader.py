@@ -1,7 +1,6 @@
 """What a reader does with the page: clicks, types, saves, prints, takes a phone, turns the light off."""
 
 import xml.etree.ElementTree as ElementTree
-from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -23,7 +22,7 @@ def test_the_address_holds_the_filter_and_the_run_that_is_open(browser, small):
     assert tab.run("document.getElementById('panel-title').textContent") == small.runs["job"].iloc[0]
     tab.key("Escape")
     tab.until("!document.getElementById('panel').open")
-    assert unquote(tab.run("location.hash")) == "#norm=group&seed=1"
+    tab.until("decodeURIComponent(location.hash) === '#norm=group&seed=1'")
     tab.close()
 
 
@@ -191,6 +190,8 @@ def test_the_page_prints_with_all_its_figures_in_light_colours(browser, small):
         0
     )
     tab.media(kind="print")
+    tab.size(718, 1000)  # A4 within its margins
+    assert tab.run("document.documentElement.scrollWidth") == 718
     assert tab.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.run("getComputedStyle(document.getElementById('theme')).display") == "none"
     assert tab.problems == []

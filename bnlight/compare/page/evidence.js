@@ -66,7 +66,7 @@ draw.forest = ({ pairs }) => {
     tickvals: shown.map((_, row) => row), ticktext: shown.map(pair => `${safe(pair.better)} − ${safe(pair.worse)}`),
     range: [shown.length - 0.4, -0.6], gridcolor: "rgba(0,0,0,0)", ticklabelstandoff: 6,
   });
-  const x = axisLayout(`difference of ${words(data.metric)}, better to the right`, { nticks: 6 });
+  const x = axisLayout("difference (better to the right)", { nticks: 6 });
   const layout = layoutOf(x, y, 84 + 26 * shown.length), line = { color: theme.weak, width: 1.2, dash: "dot" };
   layout.shapes = [{ type: "line", x0: 0, x1: 0, y0: 0, y1: 1, yref: "paper", line }];
   const rows = shown.map(pair => [pair.better, pair.worse, pair.n, pair.difference, pair.low, pair.high, pair.p_holm,

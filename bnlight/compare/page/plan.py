@@ -79,7 +79,8 @@ def _against(comparison: Comparison) -> Section:
             place = ", ".join(f"{axes.label(other)} = {value}" for other, value in where.items())
             title = f"{words} against {label}{f', {place}' if place else ''}"
             figures.append(Figure("line", title, {"x": key, "where": where}))
-    figures = [*_divergence(comparison), *figures]
+    tuned = [figure for figure in figures if figure.options["x"] in axes.tuned]
+    figures = [*(figure for figure in figures if figure not in tuned), *_divergence(comparison), *tuned]
     figures = [replace(figure, wide=len(figures) == 1) for figure in figures]
     note = "Means over seeds with their 95 % intervals. A point leads to its runs."
     return Section(f"{words} against what was swept", note, [("", figures)])

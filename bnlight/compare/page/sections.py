@@ -92,7 +92,7 @@ def broken(comparison: Comparison) -> str:
     for run in lost.to_dict("records"):
         error = run["error"] if isinstance(run["error"], str) else "no traceback was recorded"
         path, url = data.links(comparison, run)
-        where = "".join(_links(path, url))
+        where = " ".join(_links(path, url))
         parts.append(
             f'<div class="error"><span class="bad">{text(run["state"])}</span> {text(run["job"])}'
             f"<code>{text(error)}</code>{where}</div>"
