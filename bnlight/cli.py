@@ -94,7 +94,7 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
     from bnlight.run.job import CommandError, FailFast, JobFailed
     from bnlight.run.plan import show_plan
     from bnlight.run.ranks.processes import stops, this_rank
-    from bnlight.run.survive.command import begin_pass, command
+    from bnlight.run.survive.command import begin_pass, command, journal
     from bnlight.run.tracking.agent import of_agent, overrides
 
     sweep.current = None
@@ -107,27 +107,27 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
             show_plan([argument for argument in given if argument != "--dry-run"], config_name, folder)
             return 0
         with command(), stops():
-            while True:
-                begin_pass()
-                try:
-                    run_hydra(given, config_name, folder)
-                except JobFailed:
-                    failed = 1
-                except FailFast:
-                    failed = 1
-                    break
-                if sweep.current is None or sweep.wait_for_others():
-                    break
+            try:
+                while True:
+                    begin_pass()
+                    try:
+                        run_hydra(given, config_name, folder)
+                    except JobFailed:
+                        failed = 1
+                    except FailFast:
+                        failed = 1
+                        break
+                    if sweep.current is None or sweep.wait_for_others():
+                        break
+            except Exception:
+                if any(entry["event"] != "sweep" for entry in journal()):  # some of its jobs were dealt with
+                    show_comparison()
+                raise
             failed = failed or int(sweep.others_failed())
-        if sweep.current is not None and this_rank() == 0:
-            from bnlight.compare.command import finish
-
-            print()
-            finish(sweep.current.directory)
+        show_comparison()
     except CommandError as error:
         if this_rank() == 0:  # all ranks have found the same
             print(error, file=sys.stderr)
-            say_how_to_compare()
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -135,7 +135,6 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
         when = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it may write there"
         what = "job" if sweep.current is None else "sweep"
         print(f"The {what} ends here: {error}. The same command goes on when {when}.", file=sys.stderr)
-        say_how_to_compare()
         return 1
     return failed
 
@@ -245,8 +244,19 @@ def compare(arguments: list[str]) -> int:
     return print_comparison(arguments)
 
 
+def show_comparison() -> None:
+    """Write and print the comparison of the sweep's jobs that are there; nothing for a single job."""
+    from bnlight.compare.command import finish
+    from bnlight.run import sweep
+    from bnlight.run.ranks.processes import this_rank
+
+    if sweep.current is not None and this_rank() == 0:
+        print()
+        finish(sweep.current.directory)
+
+
 def say_how_to_compare() -> None:
-    """One line for a sweep that ends before its comparison, if any job of it has begun."""
+    """One line for a sweep that is stopped, if any job of it has begun."""
     from bnlight.run import sweep
 
     if sweep.current is not None and any(sweep.current.directory.glob("*/status.json")):

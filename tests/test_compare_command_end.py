@@ -40,6 +40,18 @@ def test_a_sweep_that_fails_fast_ends_with_it(project: Path, capsys: pytest.Capt
     assert Path("outputs/ours/comparison.html").exists()
 
 
+def test_a_wrong_setting_in_the_middle_ends_with_what_is_there(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*OURS, "time_limit=1h,soon"]) == 2
+    text, errors = capsys.readouterr()
+    assert "1 job, 1 done" in text
+    assert errors.splitlines()[-1].startswith("time_limit=soon is not a duration")
+    assert Path("outputs/ours/comparison.html").exists()
+    assert main([*OURS, "norm=nothing,batch"]) == 2
+    assert "jobs" not in capsys.readouterr().out  # a typo, before any job: the error alone
+
+
 def test_ctrl_c_says_how_to_get_it(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.py").write_text(STOPPING)
     assert main([*OURS, "seed=0,1", "data=custom", "data._target_=mine.Data"]) == 130

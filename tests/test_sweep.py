@@ -116,7 +116,7 @@ def test_a_users_sweep_comes_before_one_of_the_package(
     assert main(["sweep", "norms", "--cfg", "job"]) == 0
     assert "bnlight.models.MLP" in capsys.readouterr().out
     assert main(["sweep", "norms", "norm=batch", "seed=0", "+trainer.limit_train_batches=2"]) == 0
-    assert "1 jobs, 1 done" in capsys.readouterr().out
+    assert "1 job, 1 done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,10 @@ def summary(comparison: Comparison) -> str:
     runs = comparison.runs
     counts = {str(state): int(count) for state, count in runs["state"].value_counts().items()}
     states = describe_states({state: count for state, count in counts.items() if state != "done"})
-    parts = [f"{len(runs)} jobs, {counts.get('done', 0)} done" + (f", {states}" if states else "")]
+    parts = [
+        f"{len(runs)} job{'s' * (len(runs) != 1)}, {counts.get('done', 0)} done"
+        + (f", {states}" if states else "")
+    ]
     for column in ("model", "data"):
         names = [str(name) for name in runs[column].dropna().unique()]
         if len(names) == 1:
