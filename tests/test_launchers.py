@@ -22,14 +22,10 @@ from bnlight.run.launch.launchers import EXTRAS
 from bnlight.run.status import read_status
 
 assert inside  # a fixture
-ray = pytest.param(
-    "ray_local",
-    marks=pytest.mark.skipif(
-        not importlib.util.find_spec("ray"), reason="no ray here (80 MB): pip install ray"
-    ),
+no_ray = pytest.mark.skipif(
+    not importlib.util.find_spec("ray"), reason="no ray here (80 MB): pip install ray"
 )
-
-
+ray = pytest.param("ray_local", marks=no_ray)
 local = pytest.param("local", marks=pytest.mark.slow)  # as `slurm` does
 
 
@@ -75,9 +71,16 @@ def test_a_jobs_process_that_dies_is_one_failed_job(project: Path, inside: Comma
     assert errors[3] is errors[4] is None
 
 
-def test_ctrl_c_stops_all_jobs_and_the_same_command_continues_them(project: Path, inside: Command) -> None:
+PARALLEL = ["hydra/launcher=parallel", "hydra.launcher.n_jobs=2"]
+RAY = ["hydra/launcher=ray_local", "hydra.launcher.init.num_cpus=2"]
+
+
+@pytest.mark.parametrize("launcher", [PARALLEL, pytest.param(RAY, marks=no_ray)], ids=["parallel", "ray"])
+def test_ctrl_c_stops_all_jobs_and_the_same_command_continues_them(
+    project: Path, inside: Command, launcher: list[str]
+) -> None:
     given = ["train", "-m", *SMALL, "trainer.max_epochs=60", "+trainer.limit_train_batches=3", "seed=1,2,3"]
-    given += ["hydra/launcher=parallel", "hydra.launcher.n_jobs=2"]
+    given += launcher
     command = [sys.executable, "-m", "bnlight", *given]
     sweep = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

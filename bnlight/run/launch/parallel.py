@@ -21,8 +21,10 @@ from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_
 from bnlight.run.ranks.devices import visible_devices
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
 from bnlight.run.status import read_json
+from bnlight.run.survive.command import unfinished
 from bnlight.run.survive.output import outlive_the_reader
 
+SECONDS_BETWEEN_LOOKS = 1.0
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
 
 
@@ -112,25 +114,48 @@ class RayLocal(BnlightLauncher):
         try:
             call = ray.remote(_in_ray).options(max_retries=0, **self.options["remote"])
             tasks = {call.remote(job): job for job in jobs}
-            while tasks:
-                (done,), _ = ray.wait(list(tasks), num_returns=1)
-                job = tasks.pop(done)
-                try:
-                    returns[job.number] = ray.get(done)
-                except ray.exceptions.RayError as error:
-                    what = str(error).strip().splitlines()[0]
-                    returns[job.number] = self.failed(job, f"the process ended: {what}")
-                if self.stops_after(returns[job.number]):
-                    for task, left in tasks.items():
+            with passing_on(_begun_here) as stopped:
+                while tasks:
+                    for task in ray.wait(list(tasks), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)[0]:
+                        job = tasks.pop(task)
+                        returns[job.number] = self._returned(job, task, stopped)
+                        if self.stops_after(returns[job.number]):
+                            stopped.append(0)
+                    for task in _not_begun(tasks) if stopped else ():
                         ray.cancel(task)
-                        returns[left.number] = not_done(left, "not started")
-                    break
+                        job = tasks.pop(task)
+                        returns[job.number] = not_done(job, "not started")
         finally:
             ray.shutdown()
+        if stopped and stopped[0] in ASKING:
+            raise KeyboardInterrupt
         return returns
+
+    def _returned(self, job: Job, task: Any, stopped: list[int]) -> JobReturn:
+        import ray
+
+        try:
+            returned: JobReturn = ray.get(task)
+        except ray.exceptions.RayError as error:
+            if stopped:
+                return not_done(job, "stopped")
+            what = str(error).strip().splitlines()[0]
+            return self.failed(job, f"the process ended: {what}")
+        return returned
+
+
+def _begun_here() -> list[int]:
+    """The processes on this machine that have begun a job of this command and not ended it."""
+    return [int(entry["pid"]) for entry in unfinished()]
+
+
+def _not_begun(tasks: dict[Any, Job]) -> list[Any]:
+    begun = {entry["job"] for entry in unfinished()}
+    return [task for task, job in tasks.items() if str(job.directory()) not in begun]
 
 
 def _in_ray(job: Job) -> JobReturn:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # ray's processes have it blocked
     return job()
 
 

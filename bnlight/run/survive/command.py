@@ -62,7 +62,7 @@ def journal(path: Path | None = None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
 
 
-def unfinished(path: Path) -> list[dict[str, Any]]:
+def unfinished(path: Path | None = None) -> list[dict[str, Any]]:
     """The entries of the jobs that were begun and never ended."""
     open_: dict[str, dict[str, Any]] = {}
     for entry in journal(path):
