@@ -170,6 +170,9 @@ class BnlightLauncher(Launcher):
         """The return of a job whose process ended without one: recorded as failed unless the job says otherwise."""
         directory = job.directory()
         status = read_status(directory)
+        if status.get("state") in FINISHED:  # it ended after that
+            note("ended", directory)
+            return job.here()
         if status.get("state") in (None, "interrupted"):
             status = update_status(directory, state="failed", error=what, ended=time.time())
             note("ended", directory)

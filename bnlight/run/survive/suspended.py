@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from bnlight.lightning.stop import seconds
-from bnlight.run.status import update_status
+from bnlight.run.status import read_json, update_status
 from bnlight.run.survive.command import unfinished
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -35,13 +35,17 @@ class Suspended:
                 seen[process] = self.looks.get(process, 0) + 1
                 limit = _stall_limit(job)
                 if limit and seen[process] * SECONDS_BETWEEN_LOOKS > limit + SECONDS_FOR_THE_WATCHDOGS:
-                    what = (
-                        f"process {stopped[0]} was stopped (SIGSTOP) for longer than stall_limit={limit:g}s"
+                    _end(
+                        job, process, f"process {stopped[0]} was stopped (SIGSTOP) for stall_limit={limit:g}s"
                     )
-                    update_status(job, state="failed", error=what, traceback=what, ended=time.time())
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(process, signal.SIGKILL)  # the others die with it
         self.looks = seen
+
+
+def _end(job: Path, process: int, why: str) -> None:
+    if read_json(job / "status.json").get("state") == "running":  # else a watchdog has said more
+        update_status(job, state="failed", error=why, traceback=why, ended=time.time())
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)  # the others die with it
 
 
 def family(process: int) -> list[int]:
