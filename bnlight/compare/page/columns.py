@@ -111,6 +111,11 @@ def amount(name: str, value: float) -> str:
     return milliseconds(value) if name == "seconds_per_step" else number(value)
 
 
+def heading(name: str) -> str:
+    """A run's number in the few words of a column's head."""
+    return "time per step" if name == "seconds_per_step" else metric_words(name).replace("validation", "val.")
+
+
 def exact(content: str, value: float) -> str:
     """An entry that carries the exact number for an export."""
     return entry(text(content), "number", **_exact(value))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnlight.compare.evidence import Front, Pair, Stability
 from bnlight.compare.page import plan
-from bnlight.compare.page.columns import amount
+from bnlight.compare.page.columns import amount, exact, heading
 from bnlight.compare.page.markup import cell, grid, items, text
 from bnlight.compare.page.pictures import Pictures
 from bnlight.compare.stats import number
@@ -112,13 +112,13 @@ def _costs(comparison: Comparison, frames: str) -> str:
     measured = [name for name in _COSTS if name in comparison.runs and comparison.runs[name].notna().any()]
     if not frames and not measured:
         return ""
-    heads = _heads(
-        "condition", "contender", *map(metric_words, measured), numeric=range(2, 2 + len(measured))
-    )
+    heads = _heads("condition", "contender", *map(heading, measured), numeric=range(2, 2 + len(measured)))
     rows = []
     for chosen in (each for each in comparison.cells if each.chosen and len(each.done)):
-        means = [amount(name, float(chosen.done[name].mean())) for name in measured]
-        rows.append(_row([chosen.condition or "-", chosen.contender], means))
+        means = {name: float(chosen.done[name].mean()) for name in measured}
+        words = cell(text(chosen.condition or "-")) + cell(text(chosen.contender))
+        entries = "".join(exact(amount(name, mean), mean) for name, mean in means.items())
+        rows.append(f"<tr>{words}{entries}</tr>")
     note = (
         "Filled points are on the Pareto front: nothing else is better and cheaper at once. Hollow ones are not. The "
         "table has the mean costs of the done runs at the chosen setting."
@@ -178,9 +178,8 @@ def _ends(found: Pair | Difference) -> str:
 def _largest(entry: Stability) -> str:
     if entry.largest_stable_lr is None:
         return "-"
-    return f"{entry.largest_stable_lr:g}" + (
-        " (largest tried)" if entry.largest_stable_lr == entry.largest_lr else ""
-    )
+    beyond = "≥ " if entry.largest_stable_lr == entry.largest_lr else ""  # the limit may lie higher
+    return f"{beyond}{entry.largest_stable_lr:g}"
 
 
 def _median(value: float | None) -> str:

@@ -54,9 +54,9 @@ const writers = {
     const { head, rows, numeric } = contents(table);
     const signs = {
       "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}",
-      "±": "$\\pm$", "−": "$-$", "<": "$<$", ">": "$>$",
+      "±": "$\\pm$", "−": "$-$", "≥": "$\\geq$", "<": "$<$", ">": "$>$",
     };
-    const field = value => value.replace(/[\\~^±−<>&%$#_{}]/g, sign => signs[sign] ?? `\\${sign}`);
+    const field = value => value.replace(/[\\~^±−≥<>&%$#_{}]/g, sign => signs[sign] ?? `\\${sign}`);
     const line = row => `${row.map(field).join(" & ")} \\\\`;
     return [`\\begin{tabular}{${numeric.map(right => right ? "r" : "l").join("")}}`, "\\toprule", line(head), "\\midrule",
       ...rows.map(line), "\\bottomrule", "\\end{tabular}", ""].join("\n");

@@ -12,7 +12,7 @@ from bnlight.compare.axes import shown
 from bnlight.compare.page import columns as page_columns
 from bnlight.compare.page import data
 from bnlight.compare.page.markup import attributes, cell, grid, items, text
-from bnlight.compare.verdict import is_tuned, metric_words
+from bnlight.compare.verdict import is_tuned
 
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
@@ -110,7 +110,7 @@ def runs(comparison: Comparison) -> str:
         name for name in data.columns(comparison) if name not in ("steps_to_target", "seconds_to_target")
     ]
     names = [name for name in names if name not in ("roughness", "train_eval_gap")]
-    heads = ["run", "state", *map(axes.label, axes.keys), "seed", *map(_head, names), "links"]
+    heads = ["run", "state", *map(axes.label, axes.keys), "seed", *map(page_columns.heading, names), "links"]
     settings = axes.values[axes.keys].reindex(listed.index).map(shown).to_numpy()
     rows = []
     for index, run in enumerate(listed.to_dict("records")):
@@ -126,7 +126,7 @@ def runs(comparison: Comparison) -> str:
         rows.append(
             f"<tr{attributes({'class': 'lost' if lost else None, 'data-run': index})}>{''.join(entries)}</tr>"
         )
-    numeric = {"seed", *map(_head, names)}
+    numeric = {"seed", *map(page_columns.heading, names)}
     described = [{"head": name, "class": "number" if name in numeric else None} for name in heads]
     fold = "" if len(rows) > _OPEN_RUNS else " open"
     table_ = grid("runs", "Runs", described, rows, **{"class": "runs"})
@@ -169,7 +169,3 @@ def _program() -> str:
 def _links(path: str | None, url: str | None) -> list[str]:
     found = [f'<a href="{text(path)}/job.log">job.log</a>'] if path else []
     return found + ([f'<a href="{text(url)}">W&amp;B</a>'] if url else [])
-
-
-def _head(name: str) -> str:
-    return "time per step" if name == "seconds_per_step" else metric_words(name).replace("validation", "val.")
