@@ -25,8 +25,8 @@ def make_cells(
     """One cell per combination of settings, in the order of the table.
 
     Conditions come in their natural order, and within one the best mean of `metric` first. Of a contender's
-    tuned settings under one condition, that with a result, the fewest diverged runs and then the best mean
-    validation result over the seeds they have in common is chosen. `repeats` is what `repeats_of` says of the runs.
+    tuned settings under one condition, of those with a result and the fewest diverged runs, that with the best
+    mean validation result over the seeds they have in common is chosen. `repeats` is what `repeats_of` says of them.
     """
     if repeats is None:
         repeats = pd.DataFrame({"seed": runs["seed"], "setting": ""}, runs.index)
@@ -138,17 +138,18 @@ def _choose(
 
 
 def _best(results: np.ndarray, lost: Sequence[int], lower: bool) -> tuple[int, np.ndarray | None]:
-    """The row that wins, and the columns that all rows with a result share; None where they have no others."""
+    """The row that wins, and the columns that those compared with it share; None where they have no others."""
     finished = np.isfinite(results)
-    settled = finished.any(axis=1)
-    shared = finished[settled].all(axis=0)
-    scores = []
-    for row, has in zip(results, finished, strict=True):
-        used = row[shared] if shared.any() else row[has]
-        mean = used.mean() if has.any() else math.inf
-        scores.append(mean if lower or not has.any() else -mean)
-    best = min(range(len(results)), key=lambda row: (not settled[row], lost[row], scores[row]))
-    return best, shared if (finished[settled] != shared).any() else None
+    settled = np.flatnonzero(finished.any(axis=1)).tolist() or list(range(len(results)))
+    rows = [row for row in settled if lost[row] == min(lost[other] for other in settled)]
+    shared = finished[rows].all(axis=0)
+
+    def score(row: int) -> float:
+        used = results[row][shared if shared.any() else finished[row]]
+        mean = float(used.mean()) if len(used) else math.inf
+        return mean if lower or not len(used) else -mean
+
+    return min(rows, key=score), shared if (finished[rows] != shared).any() else None
 
 
 def _order(cell: Cell, axes: Axes, metric: str, monitor: Monitor) -> tuple[Any, ...]:
