@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL
+from wandb import teardown
 from wandb_file import records
 from wandb_reports_server import serving_reports
 
@@ -39,6 +40,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def report(sweep: Path, project: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert main(["wandb", "report", str(sweep)]) == 0
+    teardown()  # W&B's process writes the file's end after `finish` has returned
     assert "`wandb login`, then the same command with --push" in capsys.readouterr().out
     return json.loads((sweep / "wandb_report.json").read_text())
 
@@ -146,6 +148,18 @@ def test_push_saves_run_report_and_workspace(sweep: Path, project: Path, bnlight
     assert {artifact["artifactTypeName"] for artifact in server.artifacts} == {"run_table"}
     for address in (f"/us/bnlight/runs/{run}", "/us/bnlight/reports/Which-norm", "/us/bnlight?nw="):
         assert f"{server.url}{address}" in done.stdout
+
+
+def test_a_server_that_keeps_no_report_is_one_line(sweep: Path, project: Path, bnlight: Command) -> None:
+    with serving_reports() as server:
+        server.keeps_no_view = True
+        there = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
+        done = bnlight("wandb", "report", str(sweep), "--push", **there, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("not all was saved: "))
+    assert f"{server.url} has not answered as it should (" in said
+    assert "401" in said
 
 
 def test_what_cannot_be_pushed_is_said_at_once(

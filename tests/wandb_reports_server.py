@@ -12,15 +12,20 @@ from wandb_server import Server
 
 
 class ReportsServer(Server):
-    """`views` are what was saved, with their specifications, `artifacts` what was announced."""
+    """`views` are what was saved, with their specifications, `artifacts` what was announced.
+
+    With `keeps_no_view` it refuses everything once a view is to be saved.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.views: list[dict[str, Any]] = []
         self.artifacts: list[dict[str, Any]] = []
+        self.keeps_no_view = False
 
     def graphql(self, query: str, variables: dict[str, Any]) -> Any:
         if "upsertView" in query:
+            self.refuses = self.keeps_no_view
             return {"upsertView": {"view": self._saved(variables), "inserted": True}}
         if "models(" in query or "query GetProjects" in query:
             return self._projects()

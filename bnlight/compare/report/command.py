@@ -6,14 +6,14 @@ import argparse
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from wandb.errors import Error as WandbError
-
 from bnlight.compare.comparison import Comparison, compare
+from bnlight.compare.read.run import why
 from bnlight.run.status import write_atomic
-from bnlight.run.tracking.logger import logged_in
+from bnlight.run.tracking.logger import logged_in, server
 from bnlight.run.tracking.offline import unreachable
 
 DESCRIPTION = """\
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     """`bnlight wandb report DIR...`; returns the exit code: 2 where it cannot be built or pushed."""
     options = command_line().parse_args(arguments)
     try:
-        if options.push and (why := _cannot_push()):
-            raise ValueError(f"nothing was pushed: {why}")
+        if options.push and (reason := _cannot_push()):
+            raise ValueError(f"nothing was pushed: {reason}")
         comparison = compare(*options.sources)
         project = (
             options.project or os.environ.get("WANDB_PROJECT") or _of_runs(comparison, "project", "bnlight")
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         entity = options.entity or os.environ.get("WANDB_ENTITY") or _of_runs(comparison, "entity", "")
         file = options.output or comparison.output / "wandb_report.json"
         return write(comparison, project, entity, options.title, file, options.push)
-    except (OSError, ModuleNotFoundError, ValueError, WandbError) as error:
+    except (OSError, ModuleNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
 
@@ -65,7 +65,8 @@ def write(comparison: Comparison, project: str, entity: str, title: str, file: P
     if push and not entity:
         import wandb
 
-        entity = wandb.Api().default_entity or ""
+        with _answering():
+            entity = wandb.Api().default_entity or ""
     run_id = secrets.token_hex(4)
     report = build_report(comparison, project, entity, title, run_id)
     workspace = build_workspace(comparison, project, entity, title)
@@ -75,17 +76,30 @@ def write(comparison: Comparison, project: str, entity: str, title: str, file: P
     for path, text in ((file, report_json(report)), (beside, workspace_json(workspace))):
         write_atomic(path, text + "\n")
         print(path)
-    url = log_summary(comparison, run_id, project, entity, online=push)
     if push:
-        report.save()
-        workspace.save()
+        with _answering():
+            url = log_summary(comparison, run_id, project, entity, online=True)
+            report.save()
+            workspace.save()
         print(f"{url}\n{report.url}\n{workspace.url}")
         return 0
+    log_summary(comparison, run_id, project, entity, online=False)
     print(f"{comparison.output / '.report'} (W&B run with the table, the page and the verdict, offline)")
     login = "" if logged_in() else "`wandb login`, then "
     again = "the same command with --push saves this in W&B, `bnlight wandb sync` uploads the jobs' runs"
     print(f"Nothing was sent: {login}{again}")
     return 0
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """ConnectionError, in one line, for whatever W&B's client raises."""
+    try:
+        yield
+    except Exception as error:  # those of the client have no class in common
+        raise ConnectionError(
+            f"not all was saved: {server()} has not answered as it should ({why(error)})"
+        ) from error
 
 
 def _cannot_push() -> str:
