@@ -21,14 +21,7 @@ from bnlight.compare.read import online
 TRACKED = [*(argument for argument in SMALL if "max_epochs" not in argument), "trainer.max_epochs=2"]
 SWEEP = [*TRACKED, "logger=wandb", "trainer.log_every_n_steps=5", "norm=batch,none", "optimizer.lr=0.1,1e9"]
 ELSEWHERE = {"path", "log", "wandb", "source", "url"}  # where a run is, which differs
-UNKNOWN = {
-    "heartbeat",
-    "seconds",
-    "epochs",
-    "peak_memory",
-    "versions",
-    "hardware",
-}  # measured by the job itself
+UNKNOWN = {"heartbeat", "epochs", "versions", "hardware"}  # measured by the job itself
 
 # What others log: names, steps and settings of their own, and things that are no metrics.
 FOREIGN = """
@@ -47,6 +40,15 @@ with wandb.init(mode="offline", id="empty", name="empty", settings=quiet) as run
 run = wandb.init(mode="offline", id="failed", name="failed", config={"norm": "layer"}, settings=quiet)
 run.log({"val/loss": 2})
 run.finish(exit_code=3)
+"""
+
+STOPPING = """
+import os, signal
+from bnlight.data import Digits
+class Data(Digits):
+    def val_dataloader(self):
+        os.kill(os.getpid(), signal.{})
+        return super().val_dataloader()
 """
 
 
@@ -120,6 +122,18 @@ def test_the_offline_files_alone_give_the_tables_of_the_jobs(sweep: Path, only_w
     assert [(cell.settings, cell.metric.n) for cell in ours.cells] == [
         (cell.settings, cell.metric.n) for cell in theirs.cells
     ]
+
+
+@pytest.mark.parametrize(("signal", "state"), [("SIGTERM", "preempted"), ("SIGINT", "interrupted")])
+def test_a_run_that_was_stopped_has_not_failed(project: Path, signal: str, state: str) -> None:
+    Path("mine.py").write_text(STOPPING.format(signal))
+    job = [*TRACKED, "logger=wandb", "data=custom", "data._target_=mine.Data", "hydra.run.dir=job"]
+    done = subprocess.run([sys.executable, "-m", "bnlight", "train", *job], check=False, timeout=120)
+    assert done.returncode != 0
+    (piece,) = Path("job/wandb").glob("offline-run-*")
+    (alone,) = read_runs(piece).runs.to_dict("records")
+    assert (alone["state"], alone["error"]) == (state, None)
+    assert read_runs("job").runs["state"].tolist() == [state]
 
 
 def test_a_file_a_folder_and_a_tree_of_folders_are_read_alike(only_wandb: Path) -> None:

@@ -34,7 +34,7 @@ from bnlight.run.ranks.processes import this_rank
 from bnlight.run.ranks.started import cluster_environment
 from bnlight.run.status import read_json, update_status, write_json
 from bnlight.run.survive.watchdog import Steps, Watchdog
-from bnlight.run.tracking.logger import run_url
+from bnlight.run.tracking.logger import finish_run, run_url
 from bnlight.run.weights import weights_file
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
         loggers.append(tracker)
         if url := run_url(tracker.experiment):
             update_status(directory, wandb_url=url)
-    exit_code = 1
+    ended, measures = "failed", dict[str, Any]()
     try:
         trainer = build_trainer(config, directory, loggers, label)
         trainer.callbacks.insert(0, Steps(watchdog))  # type: ignore[attr-defined]
@@ -84,14 +84,16 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
             metrics |= _test(trainer, module, data)
         if trainer.is_global_zero:
             memory = peak_memory(trainer.strategy.root_device, measured)
-            _write_result(directory, config, trainer, metrics, diverged, time.time() - begun, memory)
-        exit_code = 0
+            took = time.time() - begun
+            measures = {"world_size": trainer.world_size, "seconds": took, "peak_memory": memory}
+            _write_result(directory, config, trainer, metrics, diverged, measures)
+        ended = "diverged" if diverged else "done"
+    except KeyboardInterrupt as stop:
+        ended = stop.state if isinstance(stop, Stopped) else "interrupted"
+        raise
     finally:
         if tracker is not None:
-            try:
-                tracker.experiment.finish(exit_code=exit_code)
-            except Exception as error:  # SLURM's SIGTERM reaches W&B's process too, which then is gone
-                log.warning("W&B could not be told of the end: %s", error)
+            finish_run(tracker.experiment, ended, measures)
 
 
 def build_trainer(
@@ -203,19 +205,16 @@ def _write_result(
     trainer: pl.Trainer,
     metrics: dict[str, float],
     diverged: str | None,
-    took: float,
-    memory: int | None,
+    measures: Mapping[str, Any],
 ) -> None:
     device = trainer.strategy.root_device
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     result = {
         "metrics": metrics,
         "diverged": diverged,
-        "world_size": trainer.world_size,
+        **measures,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
-        "seconds": took,
-        "peak_memory": memory,
         "wandb_url": read_json(directory / "status.json").get("wandb_url"),
         "identity": config["job"]["identity"],
         "config": dict(config),

@@ -10,8 +10,8 @@ from typing import Any
 
 from bnlight.compare.read.run import Run, mapping, number, row_of, used
 from bnlight.run.survive.lock import STALE_SECONDS
+from bnlight.run.tracking.pieces import GLOBAL_STEP, STATE
 
-GLOBAL_STEP = "trainer/global_step"  # Lightning's name of the optimizer step
 _INDEX = {"step", "epoch", "time", "attempt"}  # of a line, which is no metric
 _PERHAPS_UNUSED = (
     "model",
@@ -108,11 +108,16 @@ def _lines(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 
 def _ended(tracked: Tracked, lines: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """The state; a training that was stopped because its loss is no number ends without a failure."""
-    state = STATES.get(tracked.state, "unknown")
+    """The state; a training that was stopped because its loss is no number ends without a failure.
+
+    What the job has said of its end tells apart what W&B does not: a later attempt that was killed has said nothing.
+    """
+    state, told = STATES.get(tracked.state, "unknown"), tracked.summary.get(STATE)
+    if state == "failed" and told in ("preempted", "interrupted"):
+        state = str(told)
     if state == "running" and time.time() - tracked.heartbeat > STALE_SECONDS:
         state = "interrupted"
-    if state != "done":
+    if state != "done" or told == "done":
         return state, None
     last = {name: (value, line["step"]) for line in lines for name, value in line.items()}
     for name, (value, step) in last.items():

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
+from bnlight.run.tracking.pieces import STATE
+
 if TYPE_CHECKING:
     from bnlight.run.tracking.job import JobLogger
 
@@ -41,7 +43,7 @@ def wandb_logger(
     norm's name in `norm.name`. `mode=None` is online where W&B has a key (`wandb login`, `WANDB_API_KEY`), else
     offline; `WANDB_MODE` wins. A server that cannot be reached makes the run an offline one, which goes on at the
     step where the last one of this directory has ended. `log_model="best"` makes the best checkpoint the run's
-    artifact, offline too; ValueError for anything else but None. Call `logger.experiment.finish(exit_code=...)`
+    artifact, offline too; ValueError for anything else but None. Call `finish_run(logger.experiment, ...)`
     when the job ends.
     """
     if log_model not in (None, "best"):
@@ -102,6 +104,19 @@ def wandb_logger(
 def run_url(run: Any) -> str | None:
     """Where the run is seen in a browser; None offline."""
     return None if run.offline or run.disabled else run.url
+
+
+def finish_run(run: Any, state: str, measures: Mapping[str, Any]) -> None:
+    """End the run; its summary then has the job's state, which W&B's own words do not tell apart, and `measures`.
+
+    `state` is `done`, `diverged`, or, for the exit code 1, `failed`, `preempted` or `interrupted`.
+    """
+    known = {name: value for name, value in measures.items() if value is not None}
+    try:
+        run.summary.update({STATE: state, **known})
+        run.finish(exit_code=0 if state in ("done", "diverged") else 1)
+    except Exception as error:  # SLURM's SIGTERM reaches W&B's process too, which then is gone
+        log.warning("W&B could not be told of the end: %s", error)
 
 
 def _flushing(settings: Any) -> dict[str, Any]:
