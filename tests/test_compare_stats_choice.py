@@ -52,7 +52,8 @@ def test_each_norm_is_judged_at_the_learning_rate_its_validation_prefers_never_t
     assert comparison.tuned_by == "best_val/accuracy"
     how = "its own best lr (marked *), chosen by best validation accuracy, never by a test result"
     assert any(how in c for c in comparison.caveats)
-    assert any("edge of those tried" in c for c in comparison.caveats)
+    at = "The best lr lies at the edge of those tried for layer (lowest), batch (lowest): try beyond it."
+    assert at in comparison.caveats
     assert "*" in str(comparison)
 
 
@@ -121,6 +122,31 @@ def test_settings_are_compared_on_the_seeds_they_share(tmp_path):
     batch = chosen(comparison)["", "batch"]
     assert (batch.settings["optimizer.lr"], batch.chosen_on) == (0.01, ("0", "1"))
     assert "batch: its settings were compared on the seeds they share (0, 1)." in comparison.caveats
+
+
+def test_a_setting_that_diverged_takes_no_seeds_from_the_choice_between_the_others(tmp_path):
+    # On seed 0, all that 1.0 has finished, 0.01 is better; over all seeds 0.1 is.
+    for rate, values in ((0.1, [0.7, 0.9, 0.9]), (0.01, [0.8, 0.8, 0.8]), (1.0, [0.99])):
+        for seed, value in enumerate(values):
+            job = write_job(
+                tmp_path, seed=seed, settings={"optimizer.lr": rate}, result={"test/accuracy": 0.5}
+            )
+            write_metrics(job, [{"attempt": 1, "step": 9, "epoch": 0, "time": 0, "val/accuracy": value}])
+    for seed in (1, 2):
+        write_job(tmp_path, seed=seed, state="diverged", settings={"optimizer.lr": 1.0})
+    scored(tmp_path, "group", [0.4, 0.4, 0.4])
+    comparison = compare(tmp_path)
+    batch = chosen(comparison)["", "batch"]
+    assert (batch.settings["optimizer.lr"], batch.chosen_on) == (0.1, None)
+    assert any("among the settings with the fewest diverged runs" in text for text in comparison.caveats)
+
+
+def test_where_every_rate_diverges_none_is_called_the_best(tmp_path):
+    for rate in TRIED:
+        for seed in (0, 1):
+            write_job(tmp_path, seed=seed, state="diverged", settings={"optimizer.lr": rate})
+    scored(tmp_path, "group", [0.7, 0.7], {"optimizer.lr": 0.1})
+    assert not any("edge of those tried" in text for text in compare(tmp_path).caveats)
 
 
 def test_a_setting_whose_runs_all_failed_is_never_chosen(tmp_path):

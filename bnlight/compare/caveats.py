@@ -35,8 +35,10 @@ def caveats(
         )
     if is_tuned(cells) and tuned_by:
         names = ", ".join(axes.label(key) for key in axes.tuned)
+        some_diverged = any("diverged" in cell.states for cell in cells)
+        among = " among the settings with the fewest diverged runs" if some_diverged else ""
         notes.append(
-            f"Each contender is judged at its own best {names} (marked *), chosen by {metric_words(tuned_by)}, "
+            f"Each contender is judged at its own best {names} (marked *), chosen by {metric_words(tuned_by)}{among}, "
             "never by a test result."
         )
         notes.extend([] if axes.searched else _edges(cells, axes))  # of values drawn, one is always outermost
@@ -80,13 +82,16 @@ def _edges(cells: Sequence[Cell], axes: Axes) -> list[str]:
         tried: dict[tuple[str, str], set[tuple[int, float, str]]] = {}
         for cell in cells:
             tried.setdefault((cell.contender, cell.condition), set()).add(sortable(cell.settings[key]))
-        at_edge: list[str] = []
+        at_edge: dict[str, set[str]] = {}
         for cell in cells:
             values = sorted(value for value in tried[cell.contender, cell.condition] if value[0] == 0)
-            if cell.chosen and len(values) > 1 and sortable(cell.settings[key]) in (values[0], values[-1]):
-                at_edge.append(cell.contender)
+            if len(values) < 2 or not (cell.chosen and cell.metric.n):
+                continue
+            for name, edge in (("lowest", values[0]), ("highest", values[-1])):
+                if sortable(cell.settings[key]) == edge:
+                    at_edge.setdefault(cell.contender, set()).add(name)
         if at_edge:
-            names = ", ".join(dict.fromkeys(at_edge))
+            names = ", ".join(f"{name} ({' and '.join(sorted(ends))})" for name, ends in at_edge.items())
             notes.append(
                 f"The best {axes.label(key)} lies at the edge of those tried for {names}: try beyond it."
             )

@@ -138,18 +138,23 @@ def _choose(
 
 
 def _best(results: np.ndarray, lost: Sequence[int], lower: bool) -> tuple[int, np.ndarray | None]:
-    """The row that wins, and the columns that those compared with it share; None where they have no others."""
+    """The row that wins, and the columns on which it met its rivals; None where those are all that they have.
+
+    Rivals are the rows with a result that have lost the fewest runs: who diverged more neither wins nor takes seeds
+    from the comparison of the others.
+    """
     finished = np.isfinite(results)
-    settled = np.flatnonzero(finished.any(axis=1)).tolist() or list(range(len(results)))
-    rows = [row for row in settled if lost[row] == min(lost[other] for other in settled)]
-    shared = finished[rows].all(axis=0)
+    settled = finished.any(axis=1)
+    losses = np.where(settled == settled.any(), lost, np.inf)  # all rows, where none has a result
+    rivals = np.flatnonzero(losses == losses.min()).tolist()
+    shared = finished[rivals].all(axis=0)
 
     def score(row: int) -> float:
-        used = results[row][shared if shared.any() else finished[row]]
+        used = results[row, shared if shared.any() else finished[row]]
         mean = float(used.mean()) if len(used) else math.inf
         return mean if lower or not len(used) else -mean
 
-    return min(rows, key=score), shared if (finished[rows] != shared).any() else None
+    return min(rivals, key=score), shared if (finished[rivals] != shared).any() else None
 
 
 def _order(cell: Cell, axes: Axes, metric: str, monitor: Monitor) -> tuple[Any, ...]:

@@ -21,7 +21,8 @@ EXACT = 10  # up to here all sign flips are tried: 2 ** 10
 
 FAMILY = (
     "Differences are paired over common seeds and tested by Student's t. Which contender is best is known only "
-    "afterwards, so p is corrected by Holm over all pairs of one condition; told apart means p < 0.05 after that."
+    "afterwards, so p is corrected by Holm over all pairs of one condition; told apart means p <= 0.05 after that. The "
+    "interval of a difference is its own and not corrected."
 )
 FEW_SEEDS = (
     f"With fewer than {FEW} common seeds a paired t test rests on the differences being normal, which so few "
