@@ -21,7 +21,7 @@ from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_
 from bnlight.run.ranks.devices import visible_devices
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
 from bnlight.run.status import read_json
-from bnlight.run.survive.command import unfinished
+from bnlight.run.survive.command import journal, unfinished
 from bnlight.run.survive.output import outlive_the_reader
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -150,7 +150,7 @@ def _begun_here() -> list[int]:
 
 
 def _not_begun(tasks: dict[Any, Job]) -> list[Any]:
-    begun = {entry["job"] for entry in unfinished()}
+    begun = {entry["job"] for entry in journal() if entry["event"] == "begun"}
     return [task for task, job in tasks.items() if str(job.directory()) not in begun]
 
 
