@@ -164,6 +164,7 @@ def test_roughness_is_over_all_settings_and_the_gap_at_the_chosen_one(tmp_path):
         runs = comparison.runs[comparison.runs["norm"] == stability.contender]
         assert (stability.roughness.n, stability.gap.n, stability.norm_gap.n) == (6, 3, 0)
         assert stability.roughness.mean == pytest.approx(statistics.fmean(runs["roughness"]))
+        assert stability.roughness.worst == runs["roughness"].max()
         assert stability.gap.mean == pytest.approx(
             statistics.fmean(runs["train_eval_gap"][runs["lr"] == 0.1])
         )

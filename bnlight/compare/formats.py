@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from bnlight.compare.beyond import beyond
 from bnlight.compare.table import Column, columns, leads, plain, summary, sweep_name
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def as_markdown(comparison: Comparison) -> str:
         f"**{comparison.verdict}**",
         "\n".join(findings),
         markdown(columns(comparison, spread=True), _leading(comparison)),
+        "\n".join(f"- {text}" for text in beyond(comparison)),
         "\n".join(f"- {caveat}" for caveat in comparison.caveats),
     ]
     if comparison.against:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bnlight.compare.axes import shown
+from bnlight.compare.beyond import beyond
 from bnlight.compare.stats import Cell, number
 from bnlight.compare.verdict import is_tuned, metric_words, milliseconds
 
@@ -160,6 +161,8 @@ def render(comparison: Comparison, console: Console) -> None:
     say(comparison.verdict, style="bold")
     for finding in comparison.findings if len(comparison.findings) > 1 else []:
         say(finding.text, first="  - ", then="    ")
+    for text in beyond(comparison):
+        say(text)
     for caveat in comparison.caveats:
         say(caveat, style="dim")
     if comparison.against:

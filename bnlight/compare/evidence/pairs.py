@@ -26,7 +26,7 @@ FAMILY = (
 )
 FEW_SEEDS = (
     f"With fewer than {FEW} common seeds a paired t test rests on the differences being normal, which so few "
-    "cannot show; the sign-flip p does not, but cannot fall below 2 / 2^n."
+    "cannot show; the exact sign-flip test does not, but its p cannot fall below 2 / 2^n."
 )
 
 
@@ -231,6 +231,11 @@ def _needs(pair: Pair) -> str:
     return f"so small a difference needs over {MOST} more seeds"
 
 
+def p_value(p: float) -> str:
+    """`p = 0.004`."""
+    return f"p {'< 0.0001' if p < 0.0001 else f'= {p:.2g}'}"
+
+
 def p_words(p: float) -> str:
     """`p = 0.004 after Holm`."""
-    return f"p {'< 0.0001' if p < 0.0001 else f'= {p:.2g}'} after Holm"
+    return f"{p_value(p)} after Holm"
