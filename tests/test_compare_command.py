@@ -115,7 +115,14 @@ def test_latex_is_a_booktabs_table_with_a_row_per_cell(sweep, capsys):
     assert len(inside) == 9
     assert all(line.endswith(r" \\") and line.count("&") == len(columns) - 1 for line in inside)
     assert r"95 \%" in text
+    assert "*: chosen by best validation accuracy.}" in text
     assert text.count("{") == text.count("}")
+
+
+def test_a_target_that_nobody_reaches_is_said(sweep, capsys):
+    _, text, _ = run(capsys, sweep, "--target", "95")  # per cent, where a share is meant
+    assert "No finished run has reached a validation accuracy of 95." in text
+    assert "steps to" not in text
 
 
 def test_what_means_something_to_latex_or_markdown_is_escaped():

@@ -15,6 +15,7 @@ import pandas as pd
 
 from bnlight.compare.beyond import beyond
 from bnlight.compare.table import Column, columns, leads, plain, summary, sweep_name
+from bnlight.compare.verdict import is_tuned, metric_words
 
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
@@ -80,7 +81,8 @@ def as_markdown(comparison: Comparison) -> str:
 
 def as_latex(comparison: Comparison) -> str:
     """The table, its caption the verdict."""
-    return latex(columns(comparison), _leading(comparison), comparison.verdict)
+    chosen = f" *: chosen by {metric_words(comparison.tuned_by or '')}." if is_tuned(comparison.cells) else ""
+    return latex(columns(comparison), _leading(comparison), comparison.verdict + chosen)
 
 
 def as_csv(comparison: Comparison) -> str:
