@@ -84,7 +84,7 @@ def describe_states(states: dict[str, int]) -> str:
 def numbers(cell: Cell, metric: str) -> dict[str, Any]:
     """A cell as one flat row of numbers."""
     row: dict[str, Any] = dict(cell.settings)
-    row |= {"n": len(cell.done), "failed": cell.states.get("failed", 0)}
+    row |= {"n": cell.metric.n, "done": len(cell.done), "failed": cell.states.get("failed", 0)}
     row |= {"diverged": cell.states.get("diverged", 0)}
     row["unfinished"] = sum(cell.states.values()) - row["failed"] - row["diverged"]
     estimates = {metric: cell.metric, "best_val/loss": cell.best_loss, "seconds_per_step": cell.seconds}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnlight.compare.read.run import Run
+from bnlight.compare.read.run import COMPARISON, Run
 from bnlight.compare.read.tracked import Tracked, run_of
 from bnlight.run.tracking.pieces import records
 
@@ -18,6 +18,7 @@ class _Piece:
     """One file: a run, or what was written of it between a start and an end."""
 
     run_id: str = ""
+    job_type: str = ""
     name: str = ""
     project: str = ""
     place: tuple[str, ...] = ()
@@ -42,6 +43,8 @@ def read_offline(paths: Iterable[Path], source: str, notes: list[str]) -> Iterat
                 continue
             if not piece.run_id:
                 notes.append(f"{file} ({file.stat().st_size} bytes): no run, it was killed at its start")
+                continue
+            if piece.job_type == COMPARISON:
                 continue
             pieces = by_run.setdefault((piece.project, piece.run_id), {})
             known = pieces.get(piece.started)
@@ -81,6 +84,7 @@ def _read(file: Path) -> _Piece:
             piece.heartbeat = content.timestamp.ToMicroseconds() / 1e6
         elif kind == "run":
             piece.run_id, piece.name = content.run_id, content.display_name
+            piece.job_type = content.job_type
             piece.project = content.project or "uncategorized"
             where = (content.entity, piece.project, content.run_group)
             piece.place = tuple(part for part in where if part)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from bnlight.compare.read.run import Run, why
+from bnlight.compare.read.run import COMPARISON, Run, why
 from bnlight.compare.read.tracked import Tracked, run_of
 from bnlight.run.tracking.logger import logged_in, server
 from bnlight.run.tracking.offline import unreachable
@@ -53,7 +53,7 @@ def read_online(source: str) -> Iterator[Run]:
 
 
 def _list(source: str, entity: str, project: str, group: str) -> list[Any]:
-    """The client's runs, with config and summary."""
+    """The client's runs but comparisons, with config and summary."""
     import wandb
 
     try:
@@ -68,7 +68,7 @@ def _list(source: str, entity: str, project: str, group: str) -> list[Any]:
     try:
         with _folder_of_the_client():
             # list() would ask for the length first, and take a TypeError there for "none"
-            return [run for run in api.runs(f"{entity}/{project}", **options)]  # noqa: C416
+            return [run for run in api.runs(f"{entity}/{project}", **options) if run.job_type != COMPARISON]
     except ValueError as error:
         raise ValueError(
             f"{source}: {server()} shows no project {entity}/{project} to this key ({why(error)})"

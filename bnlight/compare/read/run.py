@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 STATES = ("done", "running", "failed", "diverged", "preempted", "interrupted", "unknown", "duplicate")
+COMPARISON = "comparison"  # W&B's type of a run that holds a comparison, and is none of its runs
 
 
 @dataclass

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnlight.compare.read.run import COMPARISON
 from bnlight.compare.table import sweep_name
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def log_summary(comparison: Comparison, run_id: str, project: str, entity: str, 
             id=run_id,
             name=f"comparison of {sweep_name(comparison)}",
             group=sweep_name(comparison),
-            job_type="comparison",
-            tags=["comparison"],
+            job_type=COMPARISON,
+            tags=[COMPARISON],
             config={
                 "sources": comparison.sources,
                 "command": comparison.command,
