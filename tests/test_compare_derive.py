@@ -20,7 +20,7 @@ from bnlight.compare.derive import derive, roughness, training_seconds
 
 def derived(root, target=0.9):
     read = read_runs(root)
-    return derive(read.runs, read.history, target, configs=read.configs)
+    return derive(read.runs, read.history, read.configs, target)
 
 
 def row(step, **values):
@@ -188,6 +188,6 @@ def test_a_thousand_runs_of_two_hundred_rows_take_a_fraction_of_a_second():
     history["train/seconds_per_step"] = np.where(step % 100 == 0, 0.01, np.nan)
     runs = pd.DataFrame({"batch_size": 32.0, "world_size": 1.0}, index=keys)
     begun = time.process_time()
-    result = derive(runs, history, 0.99)
+    result = derive(runs, history, pd.DataFrame(), 0.99)
     assert time.process_time() - begun < 1.0  # 0.1 s where nothing else runs
     assert result["seconds_to_target"].notna().sum() == result["steps_to_target"].notna().sum() > 500

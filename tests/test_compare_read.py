@@ -17,7 +17,7 @@ from bnlight.compare.derive import derive, lower_is_better
 
 def derived(root, target=0.9):
     read = read_runs(root)
-    return derive(read.runs, read.history, target)
+    return derive(read.runs, read.history, read.configs, target)
 
 
 def test_a_job_becomes_one_row_with_its_settings_and_results(tmp_path):

@@ -21,7 +21,6 @@ def test_sweeps_are_combined_and_each_run_says_where_it_is_from(tmp_path):
     (late,) = write_sweep(more, norms=("batch",), seeds=(2,))
     read = read_runs(norms, more)
     assert read.directories == [norms, more]
-    assert read.directory == norms
     assert len(read.runs) == 5
     key = f"more/{late.name}"
     row = read.runs.loc[key]

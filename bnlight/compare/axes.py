@@ -64,17 +64,6 @@ class Axes:
         return ", ".join(f"{self.label(key)} = {shown(settings[key])}" for key in self.conditions)
 
 
-def find_axes(
-    runs: pd.DataFrame,
-    configs: pd.DataFrame,
-    searched: bool = False,
-    by: Sequence[str] | None = None,
-    tune: Sequence[str] | None = None,
-) -> Axes:
-    """What varies between the jobs, and the part that each key plays. `by` and `tune` are full keys."""
-    return assign(varying_keys(runs, configs), configs, searched, by, tune)
-
-
 def varying_keys(runs: pd.DataFrame, configs: pd.DataFrame) -> list[str]:
     """Compare the resolved configs of all jobs, key by key.
 
@@ -107,7 +96,7 @@ def assign(
     by: Sequence[str] | None = None,
     tune: Sequence[str] | None = None,
 ) -> Axes:
-    """Give each key its part.
+    """Give each key its part; `by` and `tune` are full keys.
 
     `by` names the contenders and conditions: what varies beside them and is not tuned is averaged over. The norm,
     weight and sync with their options are contenders, any other key is a condition; where `by` names no contender

@@ -12,18 +12,21 @@ from bnlight.compare.verdict import metric_words
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
 
+_RATE = "optimizer.lr"
 _TOLD = 6  # conditions; the page has all of them
 
 
 def beyond(comparison: Comparison) -> list[str]:
     """The ranking, and for each condition what is stable and what is cheap; less where less was measured."""
     found, axes = comparison.evidence, comparison.axes
-    rate = axes.label("optimizer.lr") if "optimizer.lr" in axes.tuned else None
+    rate = axes.label(_RATE) if _RATE in axes.tuned else None
     lines = []
     conditions = list(dict.fromkeys(entry.condition for entry in found.stability))
     for condition in conditions[:_TOLD]:
         entries = [entry for entry in found.stability if entry.condition == condition]
-        said = [*([_stable(entries, rate)] if rate else []), *_unbeaten(found.fronts, condition)]
+        tried = {cell.settings[_RATE] for cell in comparison.cells if rate and cell.condition == condition}
+        said = [_stable(entries, rate)] if rate and len(tried) > 1 else []
+        said += _unbeaten(found.fronts, condition)
         if said:
             text = "; ".join(said)
             lines.append(f"At {condition}, {text}." if condition else f"{text[0].upper()}{text[1:]}.")

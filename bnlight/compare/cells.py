@@ -12,15 +12,15 @@ import pandas as pd
 
 from bnlight.compare.axes import Axes, shown, sortable
 from bnlight.compare.derive import Monitor
-from bnlight.compare.stats import NO_MONITOR, Cell, Estimate, estimates, validation_metric
+from bnlight.compare.stats import Cell, Estimate, estimates, validation_metric
 
 
 def make_cells(
     runs: pd.DataFrame,
     axes: Axes,
     metric: str,
-    monitor: Monitor = NO_MONITOR,
-    repeats: pd.DataFrame | None = None,
+    monitor: Monitor,
+    repeats: pd.DataFrame,
 ) -> list[Cell]:
     """One cell per combination of settings, in the order of the table.
 
@@ -28,8 +28,6 @@ def make_cells(
     tuned settings under one condition, of those with a result and the fewest diverged runs, that with the best
     mean validation result over the seeds they have in common is chosen. `repeats` is what `repeats_of` says of them.
     """
-    if repeats is None:
-        repeats = pd.DataFrame({"seed": runs["seed"], "setting": ""}, runs.index)
     validation = validation_metric(metric, runs, monitor)
     known = runs[runs.index.isin(axes.values.index)]
     settings = axes.values.loc[known.index].map(_plain)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bnlight.compare import table
 from bnlight.compare.against import Against, find_against
-from bnlight.compare.axes import Axes, describes, find_axes, varying_keys
+from bnlight.compare.axes import Axes, assign, describes, varying_keys
 from bnlight.compare.caveats import caveats
 from bnlight.compare.cells import make_cells
 from bnlight.compare.derive import Monitor, derive, monitor_of
@@ -177,7 +177,7 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
         )
     read, left_out = _filtered(read, question.where)
     monitor = monitor_of(read.configs)
-    runs = derive(read.runs, read.history, question.target, monitor, read.configs)
+    runs = derive(read.runs, read.history, read.configs, question.target, monitor)
     if question.metric is not None and question.metric not in runs:
         names = ", ".join(sorted(str(name) for name in runs if "/" in str(name))) or "none"
         raise ValueError(f"no run in {shown} has the metric {question.metric!r}; there are: {names}")
@@ -248,7 +248,7 @@ def _axes(read: Runs, question: Question, validation: str | None, finished: bool
     folders = {Path(path).parent for path in read.runs["path"].dropna()}
     searched = any((folder / "optimization_results.yaml").exists() for folder in folders)  # Optuna's
     by, tune = full(question.by), full(question.tune)
-    axes = find_axes(read.runs, read.configs, searched, by, tune)
+    axes = assign(varying, read.configs, searched, by, tune)
     if validation or not axes.tuned or not finished:
         return axes, []
     keys = ", ".join(axes.tuned)
@@ -259,4 +259,4 @@ def _axes(read: Runs, question: Question, validation: str | None, finished: bool
             "command line --tune none"
         )
     untuned = f"No run has a validation result to choose {keys} by, so none is tuned: a test result must not choose."
-    return find_axes(read.runs, read.configs, searched, by, []), [untuned]
+    return assign(varying, read.configs, searched, by, []), [untuned]

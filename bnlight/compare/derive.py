@@ -77,9 +77,9 @@ def quantity(metric: str) -> str:
 def derive(
     runs: pd.DataFrame,
     history: pd.DataFrame,
+    configs: pd.DataFrame,
     target: float,
     monitor: Monitor = Monitor(),
-    configs: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Add the derived columns to a copy of `runs`; what a run's history does not give is missing.
 
@@ -176,8 +176,8 @@ def _by_job(history: pd.DataFrame, values: pd.Series | None = None) -> Any:
     return (history if values is None else values).groupby(history["directory"], observed=True, sort=False)
 
 
-def _batches_per_step(runs: pd.DataFrame, configs: pd.DataFrame | None) -> pd.Series:
-    if configs is None or _ACCUMULATE not in configs:
+def _batches_per_step(runs: pd.DataFrame, configs: pd.DataFrame) -> pd.Series:
+    if _ACCUMULATE not in configs:
         return pd.Series(1.0, index=runs.index)
     return pd.to_numeric(configs[_ACCUMULATE], errors="coerce").reindex(runs.index).fillna(1.0)
 

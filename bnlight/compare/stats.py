@@ -13,7 +13,6 @@ import pandas as pd
 
 from bnlight.compare.derive import Monitor, quantity
 
-NO_MONITOR = Monitor()
 _PREFERRED = ("test/accuracy", "best_val/accuracy", "test/loss", "best_val/loss")
 _TEST = re.compile(r"(best_)?test([/_.]|$)")
 RESAMPLES = 2000
@@ -49,7 +48,7 @@ class Estimate:
     def __str__(self) -> str:
         if self.half_width is None:
             return number(self.mean)
-        digits = decimals(self.mean)
+        digits = decimals(max(abs(self.mean), self.half_width))
         return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 
@@ -160,7 +159,7 @@ class Cell:
         return sorted(self.done["seed"].dropna().unique())
 
 
-def pick_metric(runs: pd.DataFrame, monitor: Monitor = NO_MONITOR) -> str:
+def pick_metric(runs: pd.DataFrame, monitor: Monitor) -> str:
     """What the jobs monitor, of the test or else of validation; else test accuracy or the best that there is."""
     done = runs[runs["state"] == "done"]
     own = [monitor.test, f"best_{monitor.metric}", monitor.metric] if monitor.own else []
@@ -172,7 +171,7 @@ def pick_metric(runs: pd.DataFrame, monitor: Monitor = NO_MONITOR) -> str:
     return next((name for name in order if name in numeric), "test/accuracy")
 
 
-def validation_metric(metric: str, runs: pd.DataFrame, monitor: Monitor = NO_MONITOR) -> str | None:
+def validation_metric(metric: str, runs: pd.DataFrame, monitor: Monitor) -> str | None:
     """What a tuned setting is chosen by: the validation side of `metric`, never a test result."""
     sides = [f"best_val/{metric.rpartition('/')[2]}"]
     if monitor.own:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bnlight.compare.axes import Axes
 from bnlight.compare.derive import Monitor
 from bnlight.compare.evidence.pairs import Pair, p_words
-from bnlight.compare.stats import NO_MONITOR, Cell, decimals
+from bnlight.compare.stats import Cell, decimals
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ def terms(cells: Sequence[Cell], axes: Axes) -> str:
     return "All at shared settings." if len({cell.contender for cell in cells}) > 1 else ""
 
 
-def findings(
-    cells: Sequence[Cell], metric: str, monitor: Monitor = NO_MONITOR, pairs: Sequence[Pair] = ()
-) -> list[Finding]:
+def findings(cells: Sequence[Cell], metric: str, monitor: Monitor, pairs: Sequence[Pair]) -> list[Finding]:
     """One finding per condition, in the order of the table."""
     chosen: dict[str, list[Cell]] = {cell.condition: [] for cell in cells}
     for cell in cells:
@@ -62,7 +60,7 @@ def findings(
     return [_finding(name, group, tested.get(name, []), metric, lower) for name, group in chosen.items()]
 
 
-def headline(found: Sequence[Finding], axes: Axes, metric: str, monitor: Monitor = NO_MONITOR) -> str:
+def headline(found: Sequence[Finding], axes: Axes, metric: str, monitor: Monitor) -> str:
     """The one sentence a comparison opens with."""
     decided = [finding for finding in found if finding.best]
     if not decided:

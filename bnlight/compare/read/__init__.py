@@ -40,11 +40,6 @@ class Runs:
     configs: pd.DataFrame
     notes: list[str]
 
-    @property
-    def directory(self) -> Path:
-        """The first of the directories; the working directory where there is none."""
-        return self.directories[0] if self.directories else Path()
-
 
 def read_runs(*sources: str | Path) -> Runs:
     """Read every run of `sources`; what is broken becomes a note, never an error.
