@@ -169,6 +169,17 @@ function dodge(key, at, count, x) {
   return axisOf[key].log ? x * (high / low) ** shift : x + (high - low) * shift;
 }
 
+// The range of an axis that one wild interval would stretch until nothing else could be read; it may leave the frame.
+function frame(points) {
+  const means = points.map(({ y }) => y), low = Math.min(...means), high = Math.max(...means);
+  const room = 0.3 * (high - low) || 0.1 * Math.abs(high);
+  const bottom = Math.min(...points.map(({ y, half }) => y - (half ?? 0)));
+  const top = Math.max(...points.map(({ y, half }) => y + (half ?? 0)));
+  if (bottom >= low - room && top <= high + room) return {};
+  const range = [Math.max(bottom, low - room), Math.min(top, high + room)], edge = 0.05 * (range[1] - range[0]);
+  return { range: [range[0] - edge, range[1] + edge] };
+}
+
 function lineFigure(key, title, height, points, format) {
   const traces = [], rows = [];
   for (const [place, { look: { name, colour, dash, symbol }, at }] of points.entries()) {
@@ -185,8 +196,8 @@ function lineFigure(key, title, height, points, format) {
   }
   if (!traces.length) return null;
   return {
-    data: traces, layout: layoutOf(settingAxis(axisOf[key]), axisLayout(title), height),
-    table: { head: ["contender", axisOf[key].label, "n", title, "± 95 %"], rows },
+    data: traces, table: { head: ["contender", axisOf[key].label, "n", title, "± 95 %"], rows },
+    layout: layoutOf(settingAxis(axisOf[key]), axisLayout(title, frame(points.flatMap(({ at }) => [...at.values()]))), height),
   };
 }
 

@@ -57,7 +57,7 @@ function decimals(value) {
 
 function interval({ mean, half }) {
   if (half === null) return number(mean);
-  const digits = decimals(mean);
+  const digits = decimals(Math.max(Math.abs(mean), half));
   return `${mean.toFixed(digits)}\u00a0±\u00a0${half.toFixed(digits)}`;
 }
 

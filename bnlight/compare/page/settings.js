@@ -34,7 +34,7 @@ draw.heat = ({ x, y }, { width }) => {
   const columns = given(axisOf[x].levels), lines = given(axisOf[y].levels), names = [x, y].map(key => safe(axisOf[key].label));
   const { down, domains } = places(maps.length, width), traces = [], rows = [];
   const layout = layoutOf({}, {}, 128 + down * (64 + 30 * Math.max(lines.length, 4)));
-  Object.assign(layout, { annotations: [], margin: { l: 62, r: 8, t: 96, b: 44 } });
+  Object.assign(layout, { annotations: [], margin: { l: 62, r: 8, t: 84, b: 44 } });
   maps.forEach(({ contender, fields }, index) => {
     const suffix = index ? String(index + 1) : "", { name } = look(contender), domain = domains[index];
     const z = fields.map(line => line.map(which => which.length ? estimate(valuesOf(which, data.metric)).mean : null));
@@ -57,7 +57,7 @@ draw.heat = ({ x, y }, { width }) => {
       if (which.length) rows.push([data.contenders[contender].name, columns[i], lines[j], which.length, z[j][i]]);
     }));
   });
-  const bar = { orientation: "h", thickness: 10, len: 0.6, y: 1, yanchor: "bottom", ypad: 26, outlinewidth: 0 };
+  const bar = { orientation: "h", thickness: 10, len: 0.6, yref: "container", y: 1, yanchor: "top", ypad: 2, outlinewidth: 0 };
   const title = { text: words(data.metric), side: "top" };
   layout.coloraxis = { colorscale: "Cividis", reversescale: data.lower, colorbar: { ...bar, title } };
   const head = ["contender", axisOf[x].label, axisOf[y].label, "n", `mean ${words(data.metric)}`];
