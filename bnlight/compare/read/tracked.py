@@ -123,7 +123,7 @@ def _ended(tracked: Tracked, lines: Sequence[Mapping[str, Any]]) -> tuple[str, s
     for name, (value, step) in last.items():
         if name.endswith(("/loss", "_loss")) and not math.isfinite(value):
             return "diverged", f"{name} is {value} at step {step}"
-    return state, None
+    return "diverged" if told == "diverged" else state, None
 
 
 def _metrics(lines: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, float]:
