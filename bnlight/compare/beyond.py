@@ -62,8 +62,8 @@ def _unbeaten(fronts: Sequence[Front], condition: str) -> list[str]:
     for front in fronts:
         points = front.points[front.points["condition"] == condition]
         if front.cost == "seconds_per_step" and not points["on_front"].all():
-            names = " or ".join(points["contender"][points["on_front"]])
-            return [
-                f"nobody is both better in {metric_words(front.quality)} and faster per step than {names}"
-            ]
+            *others, last = points["contender"][points["on_front"]]
+            names = f"{', '.join(others)} or {last}" if others else last
+            words = metric_words(front.quality)
+            return [f"nobody is both better in {words} and faster per step than {names}"]
     return []
