@@ -14,7 +14,8 @@ import pytest
 from conftest import SMALL
 from wandb import teardown
 from wandb_file import records
-from wandb_reports_server import serving_reports
+from wandb_reports_server import ReportsServer
+from wandb_server import serving
 
 from bnlight.cli import main
 from bnlight.compare.palette import hexadecimal, slots
@@ -130,7 +131,7 @@ def test_the_summary_run_holds_table_page_and_verdict(report: dict[str, Any], sw
 
 
 def test_push_saves_run_report_and_workspace(sweep: Path, project: Path, bnlight: Command) -> None:
-    with serving_reports() as server:
+    with serving(ReportsServer) as server:
         there = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
         arguments = ["wandb", "report", str(sweep), "--title", "Which norm?", "--push"]
         done = bnlight(*arguments, "--output", "mine/spec.json", **there, timeout=120)
@@ -151,7 +152,7 @@ def test_push_saves_run_report_and_workspace(sweep: Path, project: Path, bnlight
 
 
 def test_a_server_that_keeps_no_report_is_one_line(sweep: Path, project: Path, bnlight: Command) -> None:
-    with serving_reports() as server:
+    with serving(ReportsServer) as server:
         server.keeps_no_view = True
         there = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
         done = bnlight("wandb", "report", str(sweep), "--push", **there, timeout=120)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 from wandb_server import Server
@@ -62,17 +59,3 @@ class ReportsServer(Server):
         return {
             "id": name, "name": name, "entityName": "us", "createdAt": at, "isBenchmark": False, "user": None,
         }  # fmt: skip
-
-
-@contextlib.contextmanager
-def serving_reports() -> Iterator[ReportsServer]:
-    """The server in a thread of its own."""
-    server = ReportsServer()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -142,9 +142,9 @@ class _Requests(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
-    """The server in a thread of its own."""
-    server = Server()
+def serving(kind: type[Server] = Server) -> Iterator[Any]:
+    """A server of this kind in a thread of its own."""
+    server = kind()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
