@@ -182,9 +182,8 @@ def test_a_worker_that_dies_between_two_jobs_is_replaced(ours: Path, bnlight: Co
         "if Path('first').exists():\n"
         "    Path('first').unlink()\n"
         "    import bnlight.run.job as job\n"
-        "    scores = job._scores\n"
         "    def leave(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    job._scores = leave\n"  # called when the job is done and recorded
+        "    job.scores = leave\n"  # called when the job is done and recorded
     )
     (ours / "first").touch()
     done = bnlight("train", "-m", *CUSTOM, "seed=0,1")

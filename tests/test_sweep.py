@@ -49,8 +49,6 @@ def test_a_users_own_sweep_file_runs_and_ends_with_the_comparison(
         "test accuracy",
         "mean ± 95 % CI",
         "best validation",
-        "steps to",
-        "90 %",
         "time per",
         "results.csv",
     ):
