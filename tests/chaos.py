@@ -43,7 +43,7 @@ def chaos(folder: Path, launcher: str, jobs: int, kills: int, chance: random.Ran
             sweep = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output)
             while counts["SIGINT"] + counts["SIGTERM"] + counts["SIGKILL"] < kills and sweep.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    sweep.wait(chance.uniform(4, 16))
+                    sweep.wait(chance.uniform(3, 8))
                 if sweep.poll() is None:
                     counts[_strike(sweep.pid, chance)] += 1
             code = sweep.wait(1800)
