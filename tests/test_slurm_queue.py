@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -13,13 +15,13 @@ from conftest import SMALL, until
 from slurm import cluster, queue, slurm
 
 from bnlight.cli import main
+from bnlight.run.launch import submit
 from bnlight.run.launch.submitted import FOLDER
 from bnlight.run.status import read_status
 
-assert slurm  # fixtures
+assert slurm, cluster  # fixtures
 pytestmark = pytest.mark.usefixtures("cluster")
 Start = Callable[..., subprocess.Popen[str]]
-assert cluster
 
 # Data that note who trains, and wait for the file `go`.
 MINE = """
@@ -101,3 +103,21 @@ def test_force_takes_waiting_jobs_back_and_ctrl_c_those_of_a_killed_command(
     until(lambda: not queue(project), 60)
     assert main(["status", str(orphaned)]) == 0
     assert not list((orphaned / FOLDER).iterdir())
+
+
+def test_a_controller_that_is_silent_is_told_from_jobs_that_have_long_ended(
+    orphaned: Path, project: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert submit.queue(["99999998"]) == {}
+    assert submit.queue(["99999998", "99999999"]) == {}
+    with monkeypatch.context() as deaf:
+        config = re.sub(
+            r"(?m)^SlurmctldPort=.*$", "SlurmctldPort=9", Path(os.environ["SLURM_CONF"]).read_text()
+        )
+        (project / "slurm.conf").write_text(config)
+        deaf.setenv("SLURM_CONF", str(project / "slurm.conf"))
+        again = start(*SWEEP, "seed=1,2,3")
+        _, errors = again.communicate(timeout=120)
+    assert again.returncode == 2
+    assert "squeue does not answer, and 3 jobs were given to SLURM before" in errors
+    assert sorted(queue(project).values()) == ["PENDING", "PENDING", "RUNNING"]

@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-_IGNORED = (
-    "job",
-    "hydra",
-    "paths",
-    "logger",
-    "progress",
-    "rerun",
-)  # as in a job's identity: they say where and who, not what
+# As in a job's identity: they say where and who, not what.
+_IGNORED = ("job", "hydra", "paths", "logger", "progress", "rerun")
 _DISPLAY = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.default_root_dir"}
 _CONTENDERS = ("norm", "weight", "sync")
 _TUNED = ("optimizer", "scheduler", "norm")

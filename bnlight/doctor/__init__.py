@@ -136,9 +136,8 @@ def _try(net: nn.Module, batch: Any, forward: Forward | None) -> tuple[Look, Exc
                 forward(copy, batch)
             else:
                 copy(_input(copy, batch))
-    except (
-        Exception
-    ) as error:  # what a model does with a batch is its own affair; what was seen until then counts
+    # What a model does with a batch is its own affair; what was seen until then counts.
+    except Exception as error:
         return look, error
     return look, None
 

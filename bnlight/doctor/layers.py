@@ -238,9 +238,9 @@ def redundant_bias(case: Case) -> Iterator[Finding]:
     """A bias that the next layer subtracts again."""
     cancelling = {path: norm for norm, path in case.norms.items() if _cancels(norm) and _active(case, norm)}
     biased = [m for m in case.paths if is_layer(m) and getattr(m, "bias", None) is not None]
-    if not any(
-        channels_problem(norm, layer, after=True) is None for norm in cancelling.values() for layer in biased
-    ):  # as following the model's calls takes a while
+    pairs = ((norm, layer) for norm in cancelling.values() for layer in biased)
+    # First the quick question, as following the model's calls takes a while.
+    if not any(channels_problem(norm, layer, after=True) is None for norm, layer in pairs):
         return
     copy = copied(case.model, share_parameters=True).eval()
     ends = {m for m in copy.modules() if is_norm(m) or is_layer(m)}

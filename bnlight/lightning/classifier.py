@@ -99,9 +99,8 @@ class Classifier(pl.LightningModule):
         self._evaluate("test", batch)
 
     def on_validation_epoch_start(self) -> None:
-        self._metric("val", "loss").set_dtype(
-            torch.float32
-        )  # precision="bf16-true" casts it with the weights
+        # precision="bf16-true" casts it with the weights.
+        self._metric("val", "loss").set_dtype(torch.float32)
 
     def on_test_epoch_start(self) -> None:
         self._metric("test", "loss").set_dtype(torch.float32)

@@ -177,9 +177,8 @@ def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[st
         return {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging):
-            callback._average_model = (
-                None  # or Lightning would load the current weights beside the averaged ones
-            )
+            # Or Lightning would load the current weights beside the averaged ones.
+            callback._average_model = None
     with _stoppable(trainer):
         trainer.test(module, datamodule=data, ckpt_path=_best(trainer) or None, verbose=False)
     return _metrics(trainer)

@@ -25,9 +25,7 @@ class Frozen(Dress):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if (
-            name == "training"
-        ):  # by somebody who has read a flag and puts it back: Lightning, after a validation
+        if name == "training":  # set by who has read a flag and puts it back: Lightning, after a validation
             self.__dict__["_thawed"] = None, self._thawed[1]
             value = False
         super().__setattr__(name, value)

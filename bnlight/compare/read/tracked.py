@@ -13,11 +13,8 @@ from bnlight.run.survive.lock import STALE_SECONDS
 from bnlight.run.tracking.pieces import GLOBAL_STEP, STATE
 
 _INDEX = {"step", "epoch", "time", "attempt"}  # of a line, which is no metric
-_PERHAPS_UNUSED = (
-    "model",
-    "optimizer",
-    "scheduler",
-)  # by a module of the user's own; W&B is not told of them
+# By a module of the user's own; W&B is not told of them.
+_PERHAPS_UNUSED = ("model", "optimizer", "scheduler")
 STATES = {
     "finished": "done",
     "failed": "failed",

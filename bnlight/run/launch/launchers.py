@@ -34,8 +34,8 @@ from bnlight.run.launch.submitted import forget
 from bnlight.run.status import read_status, update_status
 from bnlight.run.survive.command import note, of_this_command
 
-# What each launcher needs beside bnlight's own dependencies, and the extra that brings it.
 SECONDS_TO_BE_KILLED = 300.0  # SLURM's grace time and KillWait are shorter
+# What each launcher needs beside bnlight's own dependencies, and the extra that brings it.
 EXTRAS = {"cloudpickle": "parallel", "submitit": "slurm", "ray": "ray"}
 
 
@@ -98,10 +98,8 @@ class Job:
         with open_dict(config):
             config.hydra.job.num = self.number
             config.hydra.job.id = f"{config.hydra.job.name}_{self.number}"
-            if config.get("progress") in (
-                "auto",
-                "bar",
-            ):  # bars of several processes would overwrite each other
+            # Bars of several processes would overwrite each other.
+            if config.get("progress") in ("auto", "bar"):
                 config.progress = "plain"
         return config
 

@@ -19,9 +19,8 @@ class List(Sweeper):
     """
 
     def __init__(self, jobs: Sequence[str], max_batch_size: int | None = None, params: Any = None) -> None:
-        from hydra._internal.core_plugins.basic_sweeper import (
-            BasicSweeper,
-        )  # Hydra loads it anew as it starts
+        # Hydra loads the module anew as it starts.
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         self.jobs = list(jobs)
         self.stock = cast("Any", BasicSweeper(max_batch_size, params))

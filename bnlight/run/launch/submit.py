@@ -30,18 +30,11 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_QUEUE_LOOKS = 10.0  # squeue asks the cluster's controller
 SECONDS_FOR_FILES = 20.0  # a result may show up on a shared file system after its job has left the queue
 UNKNOWN = "no longer known to SLURM"
-ENDED: tuple[str, ...] = (
-    UNKNOWN,
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "PREEMPTED",
-    "OUT_OF_MEMORY",
-    "NODE_FAIL",
-    "BOOT_FAIL",
-)
-ENDED += ("DEADLINE", "REVOKED", "LAUNCH_FAILED")  # if SLURM queues such a job again, its state says so soon
+# If SLURM queues such a job again, its state says so soon.
+ENDED = (
+    UNKNOWN, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL",
+    "DEADLINE", "REVOKED", "LAUNCH_FAILED",
+)  # fmt: skip
 
 
 class _Submitit(BnlightLauncher):
@@ -164,7 +157,8 @@ class Slurm(_Submitit):
         try:
             while left:
                 if time.monotonic() - looked > SECONDS_BETWEEN_QUEUE_LOOKS:
-                    looked, states = time.monotonic(), queue(_arrays(tasks)) or states
+                    now = queue(_arrays(tasks))
+                    looked, states = time.monotonic(), states if now is None else now
                 for name, job in list(left.items()):
                     state = states.get(name, UNKNOWN)
                     if state in ENDED:
@@ -219,6 +213,11 @@ class Slurm(_Submitit):
         """The jobs that an earlier command has submitted and that wait or run; `--force` takes back those that wait."""
         known = {number: job for job in jobs if (number := submitted(job.directory()))}
         states = queue(_arrays(known)) if known else {}
+        if states is None:
+            raise CommandError(
+                f"squeue does not answer, and {len(known)} jobs were given to SLURM before "
+                f"({', '.join(_arrays(known))}): they may wait there still. Try again when `squeue` works"
+            )
         queued = {name: job for name, job in known.items() if states.get(name, UNKNOWN) not in ENDED}
         if self.config.get("rerun") == "all":
             waiting = {name: job for name, job in queued.items() if states[name] == "PENDING"}
@@ -227,24 +226,17 @@ class Slurm(_Submitit):
         return queued
 
 
-def queue(arrays: list[str]) -> dict[str, str]:
-    """The state of each job and array task of `arrays`, also of those that ended lately; empty if SLURM is silent."""
-    command = [
-        "squeue",
-        "--noheader",
-        "--array",
-        "--states=all",
-        f"--jobs={','.join(arrays)}",
-        "--format=%i|%T",
-    ]
+def queue(arrays: list[str]) -> dict[str, str] | None:
+    """The state of each job and array task of `arrays`, also of those that ended lately; None if SLURM is silent."""
+    which = ["--array", "--states=all", f"--jobs={','.join(arrays)}"]
+    command = ["squeue", "--noheader", *which, "--format=%i|%T"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
-        return {}
-    if done.returncode:
-        return (
-            {"": ""} if "Invalid job id" in done.stderr else {}
-        )  # all have long ended, or the controller is down
+        return None
+    # An invalid number is the one of a job that has long ended.
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return None
     return dict(line.split("|") for line in done.stdout.split())
 
 

@@ -239,9 +239,8 @@ def _lock_is_held(path: Path) -> bool:
 
 def folder() -> Path:
     """The folder of the locks: of this machine and user, and inside a SLURM allocation of that allocation."""
-    root = Path(
-        os.environ.get(FOLDER) or f"/tmp/bnlight-devices-{os.getuid()}"
-    )  # not $TMPDIR: all must agree
+    # Not in $TMPDIR: all must agree.
+    root = Path(os.environ.get(FOLDER) or f"/tmp/bnlight-devices-{os.getuid()}")
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if root.stat().st_uid != os.getuid():
         raise PermissionError(f"{root} belongs to another user; set {FOLDER} to a folder of your own")

@@ -194,9 +194,8 @@ def together(directory: Path, record: Callable[[str, str], Any]) -> Iterator[Non
             write_json(
                 folder / FAILED.format(place.rank), {"what": what, "traceback": traceback.format_exc()}
             )
-            watch.join(
-                SECONDS_TO_RECORD
-            )  # until rank 0 has written it down, then this process ends as the others do
+            # Until rank 0 has written it down; then this process ends as others do.
+            watch.join(SECONDS_TO_RECORD)
         raise
     finally:
         over.set()

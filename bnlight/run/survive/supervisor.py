@@ -120,9 +120,8 @@ class Supervisor:
         elif info.si_signo == signal.SIGINT and now - self.asked_at > SECONDS_OF_ONE_PRESS:
             os.kill(self.worker, signal.SIGKILL)
             return
-        if (
-            info.si_signo == signal.SIGHUP
-        ):  # the terminal is closed; its kernel tells the session's leader alone
+        # The terminal is closed: its kernel tells the session's leader alone.
+        if info.si_signo == signal.SIGHUP:
             os.kill(self.worker, signal.SIGHUP)
             os.kill(self.worker, signal.SIGTERM)
         elif info.si_code != FROM_TERMINAL:

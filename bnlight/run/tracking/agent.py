@@ -18,14 +18,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 HYDRA_TAKES = ("--config-", "--cfg", "--info", "--package", "--experimental-rerun")
-NOT_ASKED = (
-    "_wandb",
-    "wandb_version",
-    "job",
-    "paths",
-    "rerun",
-    "hydra",
-)  # W&B's, and where and how it ran before
+# W&B's, and where and how it ran before.
+NOT_ASKED = ("_wandb", "wandb_version", "job", "paths", "rerun", "hydra")
 ABSENT = object()
 
 
