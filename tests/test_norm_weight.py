@@ -1,74 +1,26 @@
-"""Weight normalization and weight standardization: exact, on any model, initialized from data, trained as a job."""
+"""Weight normalization and weight standardization: exact, on any model."""
 
 from __future__ import annotations
 
 import copy
 import doctest
-import json
 import math
 import os
-import subprocess
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-import yaml
-from conftest import SMALL
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from weights import case, network, originals, outputs, parametrized
 
 import bnlight.norm.weight
 import bnlight.norm.weight_init
-from bnlight.callbacks import InitializeWeightNorm
-from bnlight.cli import main
-from bnlight.data import Digits
-from bnlight.lightning import Classifier
-from bnlight.models import CNN, MLP, ResNet
-from bnlight.norm import NORMS, initialize_weight_norm, weight_norm, weight_standardization
+from bnlight.models import CNN
+from bnlight.norm import NORMS, weight_norm, weight_standardization
 from bnlight.surgery import norm_parameters
 
-# name: how to build the layer, and the shape of an input
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(5, 4), (6, 5)),
-    "linear on steps": (lambda: nn.Linear(5, 4), (6, 3, 5)),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3), (5, 4, 7)),
-    "conv2d, groups": (lambda: nn.Conv2d(4, 6, 3, groups=2), (5, 4, 7, 6)),
-    "conv2d without bias": (lambda: nn.Conv2d(4, 6, 3, bias=False), (5, 4, 7, 6)),
-    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (4, 2, 4, 5, 4)),
-    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3), (5, 4, 7)),
-    "transposed 2d, groups": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (5, 4, 5, 6)),
-    "transposed 3d, groups": (lambda: nn.ConvTranspose3d(6, 3, 2, groups=3), (4, 6, 3, 4, 3)),
-}
-
-
-@pytest.fixture(params=LAYERS)
-def case(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
-    """A layer and an input, float64."""
-    torch.manual_seed(0)
-    build, shape = LAYERS[request.param]
-    return build().double(), torch.randn(shape, dtype=torch.float64)
-
-
-def outputs(layer: Any, weight: Tensor) -> list[Tensor]:
-    """For each output channel, in order, the weights that it is a sum with, found channel by channel."""
-    if not isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return [row.flatten() for row in weight]
-    inputs, each = weight.size(0) // layer.groups, weight.size(1)
-    return [
-        weight[group * inputs : (group + 1) * inputs, i].flatten()
-        for group in range(layer.groups)
-        for i in range(each)
-    ]
-
-
-def originals(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    made: Any = layer.parametrizations["weight"]  # type: ignore[index]
-    return made.original0, made.original1
+assert case  # a fixture
 
 
 # --- weight normalization
@@ -186,15 +138,6 @@ def test_linear_layers_are_standardized_only_on_request():
 # --- both, on whole models
 
 BOTH = pytest.mark.parametrize("change", [weight_norm, weight_standardization])
-
-
-def network(norm: str = "none", **options: Any) -> CNN:
-    torch.manual_seed(1)
-    return CNN((1, 8, 8), 10, NORMS[norm], widths=(4, 8), depth=1, **options)
-
-
-def parametrized(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if parametrize.is_parametrized(module)]
 
 
 @BOTH
@@ -341,264 +284,8 @@ def test_lengths_are_not_decayed_and_directions_are():
     assert [*norm_parameters(standardized)] == [standardized.bias]
 
 
-# --- data-dependent initialization
-
-
-@pytest.mark.parametrize("build", [MLP, CNN, lambda *a, **o: ResNet(*a, depth=8, **o)])
-def test_every_layers_output_has_mean_0_and_variance_1_in_the_next_forward(build):
-    model = weight_norm(build((1, 8, 8), 10, NORMS["none"]).double())
-    x = torch.randn(32, 1, 8, 8, dtype=torch.float64) * 3 + 1
-    assert initialize_weight_norm(model, (x, "labels")) is model
-    seen: list[Tensor] = []
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            module.register_forward_hook(lambda module, args, output: seen.append(output))
-    model(x)
-    assert len(seen) == len(parametrized(model)) >= 4
-    for t in seen:
-        variance, mean = torch.var_mean(t.transpose(0, 1).flatten(1), 1, correction=0)
-        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-12, rtol=0)
-        torch.testing.assert_close(variance, torch.ones_like(mean), atol=1e-11, rtol=0)
-
-
-def test_length_and_bias_are_those_of_the_paper(case):
-    layer, x = case
-    v = layer.weight.detach().clone()
-    weight_norm(layer)
-    unit = copy.deepcopy(layer)
-    with torch.no_grad():
-        originals(unit)[0].fill_(1)
-        if unit.bias is not None:
-            unit.bias.zero_()
-        t = unit(x)
-        originals(layer)[0].fill_(0)  # what it was before does not matter
-    axis = t.dim() - 1 if isinstance(layer, nn.Linear) else 1
-    variance, mean = torch.var_mean(t.movedim(axis, 0).flatten(1), 1, correction=0)
-    initialize_weight_norm(layer, x)
-    g, direction = originals(layer)
-    torch.testing.assert_close(g.flatten(), variance.rsqrt())
-    assert torch.equal(direction, v)
-    if layer.bias is not None:
-        torch.testing.assert_close(layer.bias, -mean * variance.rsqrt())
-
-
-def test_unbatched_input_and_a_forward_of_ones_own():
-    conv = weight_norm(nn.Conv1d(2, 3, 2).double())
-    x = torch.randn(2, 50, dtype=torch.float64)
-    initialize_weight_norm(conv, {"x": x}, forward=lambda batch: conv(batch["x"]))
-    torch.testing.assert_close(conv(x).mean(dim=1), torch.zeros(3, dtype=torch.float64))
-    torch.testing.assert_close(conv(x).square().mean(dim=1), torch.ones(3, dtype=torch.float64))
-
-
-def test_a_layer_called_twice_is_initialized_at_its_first_call():
-    layer = weight_norm(nn.Linear(3, 3).double())
-    x = torch.randn(20, 3, dtype=torch.float64)
-    initialize_weight_norm(nn.Sequential(layer, nn.ReLU(), layer), x)
-    torch.testing.assert_close(torch.var(layer(x), 0, correction=0), torch.ones(3, dtype=torch.float64))
-
-
-def test_running_statistics_move_by_one_forward_in_training_and_not_in_evaluation():
-    for training in (True, False):
-        model = weight_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))).train(
-            training
-        )
-        initialize_weight_norm(model, torch.randn(9, 3))
-        assert model.training == training
-        assert int(model[1].num_batches_tracked) == training
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_dead_outputs_and_layers_not_called_keep_what_they_have_and_are_named():
-    model = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
-    weight_norm(model)
-    with torch.no_grad():
-        originals(model["used"])[1][0] = torch.tensor([1.0, 0.0, 0.0])
-    before = copy.deepcopy(model.state_dict())
-    x = torch.randn(10, 3)
-    x[:, 0] = 7.0  # so the first output is the same throughout
-    with (
-        pytest.warns(UserWarning, match=r"1 of 2 outputs of used \(.*same throughout"),
-        pytest.warns(UserWarning, match=r"did not call idle \("),
-    ):
-        initialize_weight_norm(model, x, forward=model["used"])
-    after = model.state_dict()
-    for name, value in after.items():
-        assert torch.equal(value[0], before[name][0]), name
-        if "idle" in name:
-            assert torch.equal(value, before[name])
-    assert after["used.bias"][1] != before["used.bias"][1]
-
-
-@pytest.mark.parametrize(
-    ("x", "said"),
-    [
-        (torch.randn(1, 3), r"0 \(.*shape \(1, 4\), less than two values"),
-        (torch.full((5, 3), math.nan), "not finite"),
-        (torch.randn(5, 4), "mat1 and mat2"),
-    ],
-)
-def test_an_error_leaves_the_model_as_it_was(x, said):
-    model = weight_norm(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises((ValueError, RuntimeError), match=said):
-        initialize_weight_norm(model, x)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_an_error_in_a_later_layer_undoes_the_earlier_ones():
-    def fail(batch):
-        model[0](batch)
-        raise RuntimeError("as asked")
-
-    model = weight_norm(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="as asked"):
-        initialize_weight_norm(model, torch.randn(8, 3), forward=fail)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_model_without_weight_norm_is_refused():
-    with pytest.raises(ValueError, match=r"call weight_norm\(model\) first"):
-        initialize_weight_norm(weight_standardization(network()), torch.randn(2, 1, 8, 8))
-
-
 @pytest.mark.parametrize("module", [bnlight.norm.weight, bnlight.norm.weight_init])
 def test_the_examples_run(module):
     found = doctest.testmod(module)
     assert found.attempted
     assert not found.failed
-
-
-# --- jobs
-
-FEW = [f"+trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
-INITIALIZED = ["callbacks=[default,initialize_weight_norm]"]
-PLAIN = [argument for argument in SMALL if not argument.startswith("model")]
-
-
-def job_of(project: Path) -> Path:
-    (job,) = (path for path in (project / "outputs" / "train").iterdir() if path.is_dir())
-    return job
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [
-            "weight=weight_norm",
-            "model=mlp",
-            "model.depth=1",
-            *INITIALIZED,
-            "trainer.precision=bf16-true",
-        ],
-        ["weight=weight_norm", "model=cnn", "model.widths=[4,4]", *INITIALIZED],
-        ["weight=weight_norm", "model=resnet", "model.depth=8", "model.width=4", "weight.exclude=classifier"],
-        ["weight=weight_standardization", "norm=group", "model=resnet", "model.depth=8", "model.width=4"],
-    ],
-)
-def test_it_trains_from_the_command_line_and_its_checkpoints_load(
-    project: Path, arguments: list[str]
-) -> None:
-    assert main(["train", *PLAIN, *FEW, "norm=none", *arguments]) == 0
-    path = job_of(project) / "checkpoints" / "best.ckpt"
-    torch.load(path, weights_only=True)
-    module = Classifier.load_from_checkpoint(path).eval()
-    assert parametrized(module.model)
-    assert ("classifier" in parametrized(module.model)) == (
-        "weight=weight_norm" in arguments and "weight.exclude=classifier" not in arguments
-    )
-    assert module(torch.zeros(2, 1, 8, 8, dtype=module.dtype)).shape == (2, 10)
-
-
-def test_the_weight_is_part_of_a_jobs_identity(project: Path) -> None:
-    options = [[], ["weight=weight_norm"], ["weight=weight_norm", *INITIALIZED]]
-    for option in options:
-        assert main(["train", *SMALL, *FEW, "norm=none", *option]) == 0
-    jobs = [path.parent for path in project.glob("outputs/train/*/result.json")]
-    assert len(jobs) == len(options)
-    chosen = [yaml.safe_load((job / "config.yaml").read_text())["job"]["choices"]["weight"] for job in jobs]
-    assert sorted(chosen) == ["none", "weight_norm", "weight_norm"]
-
-
-def test_an_unknown_option_lists_the_choices_and_a_model_without_convolutions_says_what_to_do(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", *SMALL, "weight=weight_nrom"]) == 2
-    assert "weight_standardization" in capsys.readouterr().err
-    assert main(["train", *SMALL, *INITIALIZED]) == 1
-    assert "weight=weight_norm" in capsys.readouterr().out
-    assert main(["train", *SMALL, "weight=weight_standardization"]) == 1
-    assert "MLP has no convolution; linear=True" in capsys.readouterr().out
-
-
-class Spy(InitializeWeightNorm):
-    """Notes the steps before which the first layer's length changes, and its outputs' variance then."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, float]] = []
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        layer = pl_module.model.features[1]
-        before = originals(layer)[0].detach().clone()
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if not torch.equal(originals(layer)[0], before):
-            variance = layer(batch[0].flatten(1)).var(0, correction=0).mean().item()
-            self.seen.append((trainer.global_step, variance))
-
-
-def test_the_first_batch_initializes_a_training_and_a_resumed_one_is_left_alone(tmp_path: Path) -> None:
-    def fit(epochs: int, checkpoint: Path | None) -> list[tuple[int, float]]:
-        model = weight_norm(MLP((1, 8, 8), 10, NORMS["none"], width=8, depth=1))
-        module = Classifier(model, 10, partial(torch.optim.SGD, lr=0.1))
-        spy = Spy()
-        trainer = pl.Trainer(
-            max_epochs=epochs, callbacks=[spy], accelerator="cpu", default_root_dir=tmp_path, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-            num_sanity_val_steps=0, accumulate_grad_batches=4,
-        )  # fmt: skip
-        trainer.fit(module, datamodule=Digits(seed=0), ckpt_path=checkpoint)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return spy.seen
-
-    ((step, variance),) = fit(1, None)
-    assert step == 0
-    assert variance == pytest.approx(1, abs=1e-4)
-    assert fit(2, tmp_path / "last.ckpt") == []
-
-
-# A data module that notes the variance of the first layer's outputs in the first step (the initialization's own
-# forward comes before it), and at the end of training a checksum of each parameter.
-MINE = """
-import json, os, pathlib
-from bnlight.data import Digits
-
-class Data(Digits):
-    def setup(self, stage):
-        super().setup(stage)
-        if stage == "fit":
-            self.variances = []
-            self.trainer.lightning_module.model.features[1].register_forward_hook(self.note)
-
-    def note(self, layer, args, output):
-        self.variances.append(output.var(0, correction=0).mean().item())
-
-    def teardown(self, stage):
-        if stage == "fit":
-            sums = [p.detach().double().sum().item() for p in self.trainer.lightning_module.parameters()]
-            seen = {"variance": self.variances[1], "sums": sums}
-            pathlib.Path(f"seen-{os.environ['RANK']}.json").write_text(json.dumps(seen))
-"""
-
-
-def test_two_ranks_start_from_rank_0s_batch_and_stay_equal(
-    project: Path, bnlight: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
-    (project / "mine.py").write_text(MINE)
-    arguments = [*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "data=custom", "data._target_=mine.Data"]
-    done = bnlight("train", *arguments, "norm=none", "weight=weight_norm", *INITIALIZED)
-    assert done.returncode == 0, done.stdout + done.stderr
-    zero, one = (json.loads((project / f"seen-{rank}.json").read_text()) for rank in (0, 1))
-    assert zero["sums"] == one["sums"]
-    assert zero["variance"] == pytest.approx(1, abs=1e-4)
-    assert one["variance"] != pytest.approx(1, abs=1e-4)
