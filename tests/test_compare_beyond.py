@@ -43,3 +43,13 @@ def test_the_largest_stable_rate_and_who_is_not_beaten_are_told_for_each_conditi
     assert beyond(compare(tmp_path))[-2:] == [f"At batch size = {n}, {stable}; {front}" for n in (4, 32)]
     one = beyond(compare(tmp_path, where="batch_size=4", tune=[]))
     assert not any("stable" in text for text in one)  # each rate is a condition of its own
+
+
+def test_who_has_no_stable_rate_is_named_apart(tmp_path):
+    for norm in ("layer", "none"):
+        for rate in (0.1, 1.0):
+            state = "diverged" if norm == "none" else "done"
+            write_job(tmp_path, norm=norm, state=state, settings={"optimizer.lr": rate})
+    assert beyond(compare(tmp_path)) == [
+        "Largest stable lr: layer 1 (largest tried); no lr was stable for none."
+    ]

@@ -1,5 +1,6 @@
 """`bnlight compare`: its options and formats, where it writes, and a sweep's end."""
 
+import contextlib
 import csv
 import io
 import json
@@ -214,3 +215,36 @@ def test_at_a_sweeps_end_a_comparison_that_fails_is_one_line(tmp_path, capsys):
     assert errors.count("\n") == 1
     assert errors.startswith("The comparison could not be made (ValueError: ")
     assert errors.endswith(f"Compare what has finished with: bnlight compare {tmp_path / 'ours'}\n")
+
+
+def test_on_a_full_disk_it_is_printed_and_the_last_one_stays_whole(tmp_path, capsys):
+    small = tmp_path / "norms"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs to mount a small file system (root)")
+    try:
+        write_sweep(small, ("batch", "renorm"), (0, 1))
+        finish(small)
+        before = {file.name: file.read_bytes() for file in small.glob("*.*")}
+        assert set(before) == {"results.csv", "comparison.html"}
+        write_sweep(small, ("group",), (0, 1))
+        filler = small / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        os.truncate(filler, filler.stat().st_size - 2**16)  # room for results.csv, but not for the page
+        capsys.readouterr()
+        finish(small)
+        text, errors = capsys.readouterr()
+        assert ("6 jobs, 6 done" in text, errors) == (True, "")
+        assert (
+            f"Nothing was written (No space left on device: {small}): --output DIR writes elsewhere" in text
+        )
+        assert {file.name: file.read_bytes() for file in small.glob("*.*")} == before
+        code, text, errors = run(capsys, small, "--output", small / "mine")
+        assert (code, text) == (2, "")
+        assert f"Nothing was written (No space left on device): '{small / 'mine'}'" in errors
+        assert list((small / "mine").iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)

@@ -170,6 +170,17 @@ def test_roughness_is_over_all_settings_and_the_gap_at_the_chosen_one(tmp_path):
         )
 
 
+def test_the_norms_own_gap_is_on_the_page_where_it_was_measured(tmp_path):
+    scored(tmp_path, "group", [0.9, 0.9])
+    assert ">norm gap</th>" not in compare(tmp_path).page.read_text()
+    row = {"attempt": 1, "step": 9, "epoch": 0, "time": 0, "val/accuracy": 0.9}
+    for seed, gap in enumerate((0.5, 0.7)):
+        write_metrics(write_job(tmp_path, seed=seed), [row | {"norm/max_train_eval_gap": gap}])
+    page = compare(tmp_path).page.read_text().replace("\xa0", " ")
+    assert ">norm gap</th>" in page
+    assert ">0.600 ± 1.271</td>" in page
+
+
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
 

@@ -15,7 +15,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 from test_compare_builder import scored, write_job, write_metrics, write_result
 
 from bnlight.compare import compare
-from bnlight.compare.evidence.pairs import corrected, holm, more_seeds, p_words, paired
+from bnlight.compare.evidence.pairs import corrected, holm, more_seeds, p_value, paired
 
 FIVE = {"renorm": [0.95, 0.96, 0.97, 0.955, 0.965], "batch": [0.93, 0.951, 0.94, 0.95, 0.92]}
 
@@ -40,7 +40,9 @@ def test_a_pair_has_the_paired_t_test_over_common_seeds(tmp_path):
     assert (pair.low, pair.high) == pytest.approx(DescrStatsW(differences).tconfint_mean(), rel=1e-9)
     assert pair.told_apart
     assert pair.more_seeds is None
-    assert pair.text.startswith("With these seeds, renorm is better than batch by 0.0218 (95 % interval ")
+    assert pair.text.startswith(
+        "With 5 common seeds, renorm is better than batch (difference 0.0218, 95 % interval "
+    )
 
 
 def test_the_effect_is_hedges_g_of_the_differences():
@@ -116,9 +118,8 @@ def test_what_cannot_be_told_apart_says_how_many_seeds_it_needs(tmp_path):
     pair = only_pair(tmp_path)
     needed = math.ceil(TTestPower().solve_power(pair.effect, power=0.8, alpha=0.05)) - 4
     assert pair.more_seeds == needed
-    assert (
-        "cannot be told apart (difference 0.01000, 95 % interval -0.00719 to 0.0272, 4 common seeds"
-        in pair.text
+    assert pair.text.startswith(
+        "With 4 common seeds, group and batch cannot be told apart (difference 0.0100, 95 % interval -0.0072 to 0.0272"
     )
     assert pair.text.endswith(f"it needs about {needed} more seeds.")
 
@@ -149,7 +150,10 @@ def test_equal_results_are_exactly_equal_and_equal_differences_have_no_spread_to
     assert same.text == "batch and group are exactly equal on all 3 common seeds."
     assert (apart.difference, apart.low, apart.high) == (0.125, 0.125, 0.125)
     assert (apart.p, apart.p_permutation, apart.told_apart) == (0.25, 0.25, False)
-    assert "renorm is better than batch by exactly 0.1250 on each of 3 common seeds" in apart.text
+    assert apart.text == (
+        "With 3 common seeds, renorm and batch cannot be told apart (difference 0.1250, the same on every seed, p = "
+        "0.75 after Holm): 3 seeds are too few to say how many more it needs."
+    )
 
 
 def test_eight_equal_differences_are_enough(tmp_path):
@@ -169,10 +173,16 @@ def test_one_common_seed_says_nothing_of_the_spread_and_none_nothing_at_all(tmp_
     one, none = pairs[frozenset(("batch", "group"))], pairs[frozenset(("batch", "layer"))]
     assert (one.n, one.difference) == (1, pytest.approx(0.05))
     assert all(map(math.isnan, (one.low, one.high, one.p, one.p_holm, one.effect)))
-    assert "one seed in common" in one.text
+    assert "one seed in common (group better by 0.0500)" in one.text
     assert (none.n, none.told_apart, none.more_seeds) == (0, False, None)
     assert math.isnan(none.difference)
     assert "no finished seed in common" in none.text
+
+
+def test_of_two_that_are_equal_on_one_common_seed_none_is_called_better(tmp_path):
+    scored(tmp_path, "batch", [0.9])
+    scored(tmp_path, "group", [0.9])
+    assert "one seed in common (equal there)" in only_pair(tmp_path).text
 
 
 def test_two_seeds_have_an_interval_but_no_effect(tmp_path):
@@ -181,7 +191,7 @@ def test_two_seeds_have_an_interval_but_no_effect(tmp_path):
     pair = only_pair(tmp_path)
     assert pair.low < 0 < pair.high
     assert math.isnan(pair.effect)
-    assert pair.text.endswith("two seeds are too few to say how many more it needs.")
+    assert pair.text.endswith("2 seeds are too few to say how many more it needs.")
 
 
 def test_runs_that_a_contender_lost_are_named(tmp_path):
@@ -240,5 +250,5 @@ def test_runs_without_a_seed_and_sweeps_without_a_result_have_pairs_of_no_seed(t
 
 
 def test_a_small_p_is_not_shown_as_zero():
-    assert p_words(1e-9) == "p < 0.0001 after Holm"
-    assert p_words(0.0444) == "p = 0.044 after Holm"
+    assert p_value(1e-9) == "p < 0.0001"
+    assert p_value(0.0444) == "p = 0.044"

@@ -76,6 +76,12 @@ def test_the_bootstrap_covers_the_mean_about_as_often_as_it_says():
     assert 0.89 <= np.mean(inside) <= 0.96  # of 20 normal values, the percentile interval holds about 93 %
 
 
+def test_seeds_may_be_words_and_numbers(tmp_path):
+    for seed in (10, 9, "a"):
+        write_job(tmp_path, seed=seed)
+    assert [cell.seeds for cell in compare(tmp_path).cells] == [[9, 10, "a"]]
+
+
 def test_missing_values_are_left_out_of_the_mean_and_of_n():
     assert estimate([0.5, math.nan, 0.7]) == estimate([0.5, 0.7])
 
@@ -158,6 +164,19 @@ def test_steps_to_the_target_is_a_median_in_which_never_is_later_than_all(tmp_pa
     cells = by_contender(compare(tmp_path))
     assert (cells["batch"].steps, cells["batch"].reached) == (30, 2)
     assert (cells["none"].steps, cells["none"].reached) == (None, 1)
+
+
+def test_a_diverged_run_counts_in_the_steps_to_the_target(tmp_path):
+    for seed, accuracy in enumerate((0.95, 0.5, 0.5)):
+        job = write_job(tmp_path, norm="batch", seed=seed, state="diverged" if seed else "done")
+        write_metrics(job, [{"attempt": 1, "step": 10, "epoch": 0, "time": 0, "val/accuracy": accuracy}])
+    write_job(tmp_path, norm="batch", seed=3, state="failed")
+    comparison = compare(tmp_path)
+    (cell,), (stability,) = comparison.cells, comparison.evidence.stability
+    assert (cell.steps, cell.reached, cell.ended) == (None, 1, 3)
+    assert (stability.steps, stability.reached, stability.ended) == (None, 1, 3)
+    assert "- (1/3)" in str(comparison)
+    assert "- (1/3)" in comparison.page.read_text()
 
 
 def test_every_varying_key_but_the_seed_makes_its_own_row(tmp_path):
@@ -271,6 +290,21 @@ def test_a_contender_that_lost_runs_says_so_in_the_verdict(tmp_path):
     verdict = compare(tmp_path).verdict
     assert "renorm (1 diverged) is better than batch" in verdict
     assert "tanh (1 failed) has no result." in verdict
+
+
+def test_who_leads_by_seeds_of_its_own_and_loses_on_the_common_ones_is_called_worse(tmp_path):
+    scored(tmp_path, "batch", [0.90, 0.91, 0.92, 0.99, 0.99, 0.99])
+    scored(tmp_path, "group", [0.92, 0.931, 0.94])
+    scored(tmp_path, "layer", [0.70, 0.71, 0.75])
+    scored(tmp_path, "rms", [0.89, 0.93, 0.90])
+    (finding,) = compare(tmp_path).findings
+    assert (finding.best, finding.clear) == ("batch", False)
+    assert finding.text.startswith(
+        "With these seeds, batch has the highest mean test accuracy, 0.9500 ± 0.0465, but is worse than group (group "
+        "ahead on the common seeds: difference 0.0203, 95 % interval 0.0189 to 0.0218, p = "
+    )
+    assert " after Holm) and cannot be told apart from rms (difference 0.0033, 95 % interval " in finding.text
+    assert finding.text.endswith(" It is better than layer.")
 
 
 def test_one_seed_is_said_to_prove_nothing(tmp_path):

@@ -45,8 +45,8 @@ def test_differences_are_paired_tested_and_corrected(tmp_path):
     batch, group = against.differences
     assert (batch.better, batch.told_apart, group.told_apart) == (True, True, False)
     assert batch.text == (
-        f"batch: better here, {batch.here} here, {batch.there} there, difference 0.0620 (95 % interval "
-        f"{batch.low:.4f} to {batch.high:.4f}, 5 common seeds, p = {corrected['batch']:.2g} after Holm)."
+        f"batch: better here, {batch.here} here, {batch.there} there (5 common seeds: difference 0.0620, 95 % interval "
+        f"{batch.low:.4f} to {batch.high:.4f}, p = {corrected['batch']:.2g} after Holm)."
     )
     assert against.verdict == (
         f"Against {old} by test accuracy, 2 contenders are in both: 1 better here, 1 not told apart."

@@ -141,12 +141,38 @@ def test_a_setting_that_diverged_takes_no_seeds_from_the_choice_between_the_othe
     assert any("among the settings with the fewest diverged runs" in text for text in comparison.caveats)
 
 
+def test_what_chose_a_setting_and_is_reported_too_is_said_to_flatter(tmp_path):
+    grid(tmp_path)
+    flatter = "What a setting was chosen by is what is reported of it too"
+    for metric, tune, said in (
+        ("best_val/accuracy", None, True),
+        ("best_val/accuracy", [], False),
+        ("test/accuracy", None, False),
+    ):
+        caveats = compare(tmp_path, metric=metric, tune=tune).caveats
+        assert any(text.startswith(flatter) for text in caveats) == said
+
+
+def test_who_had_fewer_settings_to_choose_from_is_named(tmp_path):
+    for rate in TRIED:
+        scored(tmp_path, "batch", [0.8, 0.81], {"optimizer.lr": rate})
+        write_job(tmp_path, norm="layer", state="failed", settings={"optimizer.lr": rate})
+    scored(tmp_path, "group", [0.8, 0.81], {"optimizer.lr": 0.1})
+    fewer = "Fewer settings were tried of group than of others: a best of more is better."
+    assert fewer in compare(tmp_path).caveats
+    assert fewer not in compare(tmp_path, where="lr=0.1").caveats
+    write_job(tmp_path, norm="group", state="diverged", settings={"optimizer.lr": 0.01})
+    assert fewer not in compare(tmp_path).caveats  # that one was tried
+
+
 def test_where_every_rate_diverges_none_is_called_the_best(tmp_path):
     for rate in TRIED:
         for seed in (0, 1):
             write_job(tmp_path, seed=seed, state="diverged", settings={"optimizer.lr": rate})
     scored(tmp_path, "group", [0.7, 0.7], {"optimizer.lr": 0.1})
     assert not any("edge of those tried" in text for text in compare(tmp_path).caveats)
+    caveats = compare(tmp_path, where="norm=batch").caveats
+    assert not any("ran more than once" in text for text in caveats)
 
 
 def test_a_setting_whose_runs_all_failed_is_never_chosen(tmp_path):

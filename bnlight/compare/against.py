@@ -10,9 +10,9 @@ import pandas as pd
 
 from bnlight.compare.axes import assign, describes, shown
 from bnlight.compare.cells import make_cells
-from bnlight.compare.evidence.pairs import Pair, corrected, p_words, paired
+from bnlight.compare.evidence.pairs import Pair, corrected, numbers, paired
 from bnlight.compare.evidence.repeats import by_repeat, repeats_of
-from bnlight.compare.stats import Cell, Estimate, decimals
+from bnlight.compare.stats import Cell, Estimate
 from bnlight.compare.verdict import metric_words
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ def _difference(pair: Pair, here: Cell, there: Cell, lower: bool) -> Difference:
         better=pair.difference < 0 if lower else pair.difference > 0,
         text="",
     )
-    return replace(found, text=_text(found))
+    return replace(found, text=_text(found, pair))
 
 
-def _text(one: Difference) -> str:
+def _text(one: Difference, pair: Pair) -> str:
     what = _named(one.condition, one.contender)
     missing = [side for side, value in (("here", one.here), ("there", one.there)) if not value.n]
     if missing:
@@ -140,11 +140,7 @@ def _text(one: Difference) -> str:
         seeds = "one seed" if one.n else "no seed"
         return f"{what}: {values}; {seeds} in common, which proves nothing."
     says = ("better here" if one.better else "worse here") if one.told_apart else "cannot be told apart"
-    digits = decimals(one.here.mean)
-    return (
-        f"{what}: {says}, {values}, difference {one.difference:.{digits}f} (95 % interval {one.low:.{digits}f} to "
-        f"{one.high:.{digits}f}, {one.n} common seeds, {p_words(one.p_holm)})."
-    )
+    return f"{what}: {says}, {values} ({one.n} common seeds: {numbers(pair, one.here.mean)})."
 
 
 def _verdict(differences: Sequence[Difference], name: str, metric: str) -> str:

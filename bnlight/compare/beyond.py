@@ -49,12 +49,15 @@ def _ranks(ranking: Ranking) -> str:
 
 def _stable(entries: Sequence[Stability], rate: str) -> str:
     """The largest rate at which nothing diverges and learning still works, see `Stability`."""
-    said = []
+    stable = []
     for entry in entries:
-        largest = "none" if entry.largest_stable_lr is None else f"{entry.largest_stable_lr:g}"
-        most = " (largest tried)" if entry.largest_stable_lr == entry.largest_lr is not None else ""
-        said.append(f"{entry.contender} {largest}{most}")
-    return f"largest stable {rate}: {', '.join(said)}"
+        if entry.largest_stable_lr is not None:
+            most = " (largest tried)" if entry.largest_stable_lr == entry.largest_lr else ""
+            stable.append(f"{entry.contender} {entry.largest_stable_lr:g}{most}")
+    never = [entry.contender for entry in entries if entry.largest_stable_lr is None]
+    said = [f"largest stable {rate}: {', '.join(stable)}"] if stable else []
+    said += [f"no {rate} was stable for {', '.join(never)}"] if never else []
+    return "; ".join(said)
 
 
 def _unbeaten(fronts: Sequence[Front], condition: str) -> list[str]:

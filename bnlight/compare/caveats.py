@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pandas as pd
@@ -21,10 +22,11 @@ def caveats(
     cells: Sequence[Cell],
     axes: Axes,
     configs: pd.DataFrame,
+    metric: str,
     tuned_by: str | None,
     repeats: pd.DataFrame,
 ) -> list[str]:
-    """The sentences that limit what the cells say. `tuned_by` is the metric by which settings were chosen."""
+    """The sentences that limit what the cells say of `metric`; `tuned_by` is that by which settings were chosen."""
     notes = [INTERVALS] if any(cell.metric.half_width is not None for cell in cells) else []
     lost = {state: int((runs["state"] == state).sum()) for state in ("failed", "diverged")}
     if any(lost.values()):
@@ -41,10 +43,16 @@ def caveats(
             f"Each contender is judged at its own best {names} (marked *), chosen by {metric_words(tuned_by)}{among}, "
             "never by a test result."
         )
+        if metric.removeprefix("best_") == tuned_by.removeprefix("best_"):
+            notes.append(
+                "What a setting was chosen by is what is reported of it too: this flatters the chosen ones, the more "
+                "the more were tried. A test metric would not."
+            )
+        notes.extend(_fewer(cells))
         notes.extend([] if axes.searched else _edges(cells, axes))  # of values drawn, one is always outermost
         notes.extend(_chosen_on(cells))
     done = runs.index[runs["state"] == "done"]
-    drawn = axes.values.reindex(done).assign(drawn=repeats["seed"]).dropna(subset="drawn")
+    drawn = axes.values.reindex(done).join(repeats["seed"].rename("drawn")).dropna(subset="drawn")
     if not axes.averaged and drawn.duplicated().any():
         notes.append(
             "Some seeds ran more than once at the same settings: their runs are averaged, n counts seeds."
@@ -73,6 +81,18 @@ def _averaged(axes: Axes, configs: pd.DataFrame) -> list[str]:
         values = _some([shown(value) for value in sorted(configs[key].unique(), key=sortable)])
         notes.append(f"{axes.label(key)} varies too ({values}) and is averaged over within each seed.")
     return notes
+
+
+def _fewer(cells: Sequence[Cell]) -> list[str]:
+    """Contenders with fewer settings to choose from than another under the same condition."""
+    tried: dict[str, Counter[str]] = {}
+    for cell in cells:
+        tried.setdefault(cell.condition, Counter())[cell.contender] += cell.ended > 0
+    fewer = [name for counts in tried.values() for name in counts if 0 < counts[name] < max(counts.values())]
+    names = _some(list(dict.fromkeys(fewer)))
+    return (
+        [f"Fewer settings were tried of {names} than of others: a best of more is better."] if fewer else []
+    )
 
 
 def _edges(cells: Sequence[Cell], axes: Axes) -> list[str]:

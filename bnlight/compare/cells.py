@@ -40,12 +40,12 @@ def make_cells(
     drawn = _Repeats(known, repeats, groups)
     over_seeds = [_over_seeds(known, drawn, name, monitor) for name in names]
     steps = known["steps_to_target"].to_numpy(dtype=float)
-    finished = (known["state"] == "done").to_numpy()
+    ended = known["state"].isin(["done", "diverged"]).to_numpy()
     states = known["state"].to_numpy()
     cells = []
     for index, positions in enumerate(groups):
         chosen = {str(key): settings[key].iloc[positions[0]] for key in settings}
-        reached = steps[[position for position in positions if finished[position]]]
+        reached = steps[[position for position in positions if ended[position]]]
         median = float(np.median(np.nan_to_num(reached, nan=math.inf))) if len(reached) else math.inf
         cells.append(
             Cell(

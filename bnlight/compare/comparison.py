@@ -190,7 +190,7 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
     found = findings(cells, metric, monitor, evidence.pairs)
     how = terms(cells, axes)
     tuned_by = validation if axes.tuned else None
-    limits = caveats(runs, cells, axes, read.configs, tuned_by, repeats)
+    limits = caveats(runs, cells, axes, read.configs, metric, tuned_by, repeats)
     if question.target != Question.target and not any(cell.reached for cell in cells):
         limits.append(f"No finished run has reached a validation accuracy of {question.target:g}.")
     return Comparison(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from bnlight.compare import page
-from bnlight.run.status import write_atomic
 
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
@@ -27,14 +27,25 @@ def default_output(directories: Sequence[Path]) -> Path:
 
 
 def write(comparison: Comparison, asked: bool) -> Comparison:
-    """Write both files; where that fails, raise OSError if the folder was asked for, else note it in `unwritten`."""
+    """Write both files or, where one does not fit, neither: that raises OSError if the folder was asked for, else it
+    is noted in `unwritten`.
+    """
+    folder = comparison.output
+    texts = {
+        comparison.results_csv: results_table(comparison).to_csv(index=False),
+        comparison.page: page.render(comparison),
+    }
     try:
-        write_atomic(comparison.results_csv, results_table(comparison).to_csv(index=False))
-        write_atomic(comparison.page, page.render(comparison))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".comparison.", dir=folder) as beside:
+            for path, text in texts.items():
+                (Path(beside) / path.name).write_text(text, encoding="utf-8", newline="")
+            for path in texts:
+                (Path(beside) / path.name).replace(path)
     except OSError as error:
         if asked:
-            raise
-        return replace(comparison, unwritten=f"{error.strerror or error}: {comparison.output}")
+            raise OSError(error.errno, f"Nothing was written ({error.strerror})", str(folder)) from error
+        return replace(comparison, unwritten=f"{error.strerror or error}: {folder}")
     return comparison
 
 

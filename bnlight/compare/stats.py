@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bnlight.compare.axes import sortable
 from bnlight.compare.derive import Monitor, quantity
 
 _PREFERRED = ("test/accuracy", "best_val/accuracy", "test/loss", "best_val/loss")
@@ -129,10 +130,10 @@ class Cell:
 
     `states` counts the runs that are not done. `metric` and the other estimates are over the seeds of the done
     runs, each seed's runs averaged first.
-    `steps` is the median over them of the steps to the target, a run that never got there counting as later
-    than all others; None if that is the median. `reached` of them got there. `chosen` marks the cell that
-    stands for its contender under its condition; `chosen_on` are the seeds that the choice between settings rests on,
-    None if it is all of them.
+    `steps` is the median, over the `ended` runs that are done or diverged, of the steps to the target: one that never
+    got there counts as later than all others, and if that is the median, it is None. `reached` of them got there.
+    `chosen` marks the cell that stands for its contender under its condition; `chosen_on` are the seeds that the
+    choice between settings rests on, None if it is all of them.
     """
 
     settings: dict[str, Any]
@@ -154,9 +155,13 @@ class Cell:
         return self.runs[self.runs["state"] == "done"]
 
     @property
-    def seeds(self) -> list[float]:
+    def ended(self) -> int:
+        return len(self.done) + self.states.get("diverged", 0)
+
+    @property
+    def seeds(self) -> list[Any]:
         """The seeds of the done runs, in order."""
-        return sorted(self.done["seed"].dropna().unique())
+        return sorted(self.done["seed"].dropna().unique(), key=sortable)
 
 
 def pick_metric(runs: pd.DataFrame, monitor: Monitor) -> str:

@@ -273,7 +273,6 @@ def _more(console: Console, count: int, where: str) -> None:
 
 
 def _steps(cell: Cell) -> str:
-    n = len(cell.done)
-    if n == 0:
+    if not cell.ended:
         return "-"
-    return f"{'-' if cell.steps is None else f'{cell.steps:g}'} ({cell.reached}/{n})"
+    return f"{'-' if cell.steps is None else f'{cell.steps:g}'} ({cell.reached}/{cell.ended})"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from bnlight.compare.axes import Axes
 from bnlight.compare.derive import Monitor
-from bnlight.compare.evidence.pairs import Pair, p_words
-from bnlight.compare.stats import Cell, decimals
+from bnlight.compare.evidence.pairs import Pair, numbers
+from bnlight.compare.stats import Cell
 
 
 @dataclass(frozen=True)
@@ -103,57 +103,50 @@ def _finding(
     if not others:
         text = f"{_name(best)} has a mean {words} of {best.metric} ({n}){at}; there is nothing to compare it with."
         return Finding(condition, best.contender, False, text + without)
-    met = _of(best, pairs)
-    met = {cell.contender: met[cell.contender] for cell in others if cell.contender in met}
-    close = [cell for cell in others if not _beats(best, met.get(cell.contender))]
+    pair_of = {frozenset((pair.better, pair.worse)): pair for pair in pairs}
+    met = {cell.contender: pair_of[frozenset((best.contender, cell.contender))] for cell in others}
+    beaten = [cell for cell in others if _beats(best, met[cell.contender])]
+    ahead = [cell for cell in others if _beats(cell, met[cell.contender])]
+    close = [cell for cell in others if not met[cell.contender].told_apart]
+
+    def told(cells: Sequence[Cell]) -> str:
+        first = f"{_name(cells[0])} ({_evidence(met[cells[0].contender], best)})"
+        return _list([first, *map(_name, cells[1:])])
+
+    alike = {pair.n for pair in met.values()} == {best.metric.n}
+    with_these = f"With these {best.metric.n} seeds" if alike else "With these seeds"
     if best.metric.n == 1:
         lead = f"{_name(best)} has the {_superlative(lower)} {words}{at}, {best.metric} ({n})"
         text = f"{lead}, but one seed gives no interval, so the lead may be chance: run more seeds."
-    elif close:
-        lead = f"{_with(met)}, {_name(best)} has the {_superlative(lower)} mean {words}{at}, {best.metric}"
-        nearest = met.get(close[0].contender)
-        first = f"{_name(close[0])} ({_evidence(nearest, best)})" if nearest else _name(close[0])
-        text = f"{lead}, but cannot be told apart from {_list([first, *map(_name, close[1:])])}."
-        beaten = [_name(cell) for cell in others if cell not in close]
-        text += f" It is better than {_list(beaten)}." if beaten else ""
+    elif len(beaten) < len(others):
+        lead = f"{with_these}, {_name(best)} has the {_superlative(lower)} mean {words}{at}, {best.metric}"
+        says = [f"is worse than {told(ahead)}"] if ahead else []
+        says += [f"cannot be told apart from {told(close)}"] if close else []
+        text = f"{lead}, but {' and '.join(says)}."
+        text += f" It is better than {_list([_name(cell) for cell in beaten])}." if beaten else ""
     else:
         whom = {1: _name(others[0]), 2: "both others"}.get(len(others), f"all {len(others)} others")
         nearest = min(met.values(), key=lambda pair: pair.difference)
         which = f"the nearest, {nearest.worse}: " if len(others) > 1 else ""
-        lead = f"{_with(met)}, {_name(best)} is better than {whom}{at}: {words} {best.metric}"
+        lead = f"{with_these}, {_name(best)} is better than {whom}{at}: {words} {best.metric}"
         text = f"{lead} ({which}{_evidence(nearest, best)})."
-    return Finding(condition, best.contender, not close, text + without, len(others))
+    return Finding(condition, best.contender, len(beaten) == len(others), text + without, len(others))
 
 
-def _with(met: dict[str, Pair]) -> str:
-    """`With these 5 seeds`, where all were compared on that many."""
-    counts = {pair.n for pair in met.values()}
-    return f"With these {counts.pop()} seeds" if len(counts) == 1 and min(counts) > 1 else "With these seeds"
-
-
-def _of(best: Cell, pairs: Sequence[Pair]) -> dict[str, Pair]:
-    """The pairs of one contender, by the other one."""
-    met = {pair.worse: pair for pair in pairs if pair.better == best.contender}
-    return met | {pair.better: pair for pair in pairs if pair.worse == best.contender}
-
-
-def _beats(best: Cell, pair: Pair | None) -> bool:
-    return pair is not None and pair.told_apart and pair.better == best.contender
+def _beats(cell: Cell, pair: Pair) -> bool:
+    return pair.told_apart and pair.better == cell.contender
 
 
 def _evidence(pair: Pair, best: Cell) -> str:
     """The numbers behind a comparison with the best, over the seeds that both have finished."""
     if pair.n < 2:
         return f"only {pair.n} seed in common" if pair.n else "no seed in common"
-    digits = decimals(best.metric.mean)
     ahead = f"{pair.better} ahead on the common seeds: " if pair.better != best.contender else ""
-    interval = f"95 % interval {pair.low:.{digits}f} to {pair.high:.{digits}f}"
-    spread = "the same on every seed" if pair.low == pair.high else interval
-    numbers = f"{ahead}difference {pair.difference:.{digits}f}, {spread}"
-    if not pair.told_apart and pair.more_seeds:
+    shown = f"{ahead}{numbers(pair, best.metric.mean)}"
+    if pair.more_seeds:
         plural = "s" if pair.more_seeds > 1 else ""
-        return f"{numbers}, {p_words(pair.p_holm)}; about {pair.more_seeds} more seed{plural} would be needed"
-    return f"{numbers}, {p_words(pair.p_holm)}"
+        return f"{shown}; about {pair.more_seeds} more seed{plural} would be needed"
+    return shown
 
 
 def _superlative(lower: bool) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from bnlight.compare.evidence.repeats import Meeting
-from bnlight.compare.stats import Cell, number
+from bnlight.compare.stats import Cell, decimals, number
 
 ALPHA = 0.05
 POWER = 0.8
@@ -201,25 +201,18 @@ def _text(pair: Pair, lost: dict[str, str]) -> str:
 
 def _sentence(pair: Pair) -> str:
     """What these seeds say of the two."""
-    both, by = f"{pair.better} and {pair.worse}", number(pair.difference)
+    both = f"{pair.better} and {pair.worse}"
     if pair.n == 0:
         return f"{both} have no finished seed in common, so they cannot be paired"
     if pair.n == 1:
-        return (
-            f"{both} have one seed in common ({pair.better} better by {by}), which says nothing of the spread"
-        )
+        ahead = f"{pair.better} better by {number(pair.difference)}" if pair.difference else "equal there"
+        return f"{both} have one seed in common ({ahead}), which says nothing of the spread"
     if pair.low == pair.high == 0:
         return f"{both} are exactly equal on all {pair.n} common seeds"
-    if pair.low == pair.high:
-        shown = f"by exactly {by} on each of {pair.n} common seeds, {p_words(pair.p_holm)}"
-        if pair.told_apart:
-            return f"With these seeds, {pair.better} is better than {pair.worse}, {shown}"
-        return f"{pair.better} is better than {pair.worse} {shown}: too few to exclude chance"
-    shown = f"{pair.n} common seeds, {p_words(pair.p_holm)}"
-    interval = f"95 % interval {number(pair.low)} to {number(pair.high)}"
+    shown = numbers(pair, max(abs(pair.low), abs(pair.high)))
     if pair.told_apart:
-        return f"With these seeds, {pair.better} is better than {pair.worse} by {by} ({interval}, {shown})"
-    return f"With these seeds, {both} cannot be told apart (difference {by}, {interval}, {shown}): {_needs(pair)}"
+        return f"With {pair.n} common seeds, {pair.better} is better than {pair.worse} ({shown})"
+    return f"With {pair.n} common seeds, {both} cannot be told apart ({shown}): {_needs(pair)}"
 
 
 def _needs(pair: Pair) -> str:
@@ -227,7 +220,7 @@ def _needs(pair: Pair) -> str:
         plural = "s" if pair.more_seeds > 1 else ""
         return f"if the true difference is this one, it needs about {pair.more_seeds} more seed{plural}"
     if not math.isfinite(pair.effect):
-        return "two seeds are too few to say how many more it needs"
+        return f"{pair.n} seeds are too few to say how many more it needs"
     return f"so small a difference needs over {MOST} more seeds"
 
 
@@ -236,6 +229,9 @@ def p_value(p: float) -> str:
     return f"p {'< 0.0001' if p < 0.0001 else f'= {p:.2g}'}"
 
 
-def p_words(p: float) -> str:
-    """`p = 0.004 after Holm`."""
-    return f"{p_value(p)} after Holm"
+def numbers(pair: Pair, size: float) -> str:
+    """`difference 0.0102, 95 % interval -0.0159 to 0.0363, p = 1 after Holm`, in the digits of a number like `size`."""
+    digits = decimals(size)
+    interval = f"95 % interval {pair.low:.{digits}f} to {pair.high:.{digits}f}"
+    spread = "the same on every seed" if pair.low == pair.high else interval
+    return f"difference {pair.difference:.{digits}f}, {spread}, {p_value(pair.p_holm)} after Holm"

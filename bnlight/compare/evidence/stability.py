@@ -11,7 +11,7 @@ import pandas as pd
 
 from bnlight.compare.stats import Cell, Estimate, estimate
 
-_NEEDED = ["state", "steps_to_target", "seconds_to_target", "train_eval_gap", "norm_gap", "roughness"]
+_NEEDED = ["state", "seconds_to_target", "train_eval_gap", "norm_gap", "roughness"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,8 @@ class Stability:
       the mean result keeps half of the contender's best: within `|best| / 2` of it where more is better, within
       `|best|` where less is (a loss at most twice the lowest). None if there is none;
     - `largest_lr`: the largest that was tried. Where the two are equal, the limit may lie higher;
-    - `steps`, `seconds`: medians to the target at the chosen setting, over the `ended` runs that are done or
-      diverged; one that never got there counts as later than all others, and if that is the median, it is None.
-      `reached` of them got there.
+    - `steps`, `reached`, `ended`: to the target, those of the chosen cell, see `Cell`; `seconds`: the same median in
+      seconds of training.
     """
 
     condition: str
@@ -57,7 +56,8 @@ def find_stability(cells: Sequence[Cell], lower: bool) -> list[Stability]:
 
 
 def _stability(cells: Sequence[Cell], lower: bool) -> Stability:
-    runs, chosen = (_counted(group) for group in (cells, [cell for cell in cells if cell.chosen]))
+    (best,) = (cell for cell in cells if cell.chosen)
+    runs, chosen = _counted(cells), _counted([best])
     states = runs["state"].value_counts()
     done, diverged = int(states.get("done", 0)), int(states.get("diverged", 0))
     ended = chosen[chosen["state"].isin(["done", "diverged"])]
@@ -72,10 +72,10 @@ def _stability(cells: Sequence[Cell], lower: bool) -> Stability:
         largest_stable_lr=_largest_stable(cells, lower),
         norm_gap=estimate(chosen["norm_gap"], lower=True),
         largest_lr=_largest(cells),
-        steps=_median(ended["steps_to_target"]),
+        steps=best.steps,
         seconds=_median(ended["seconds_to_target"]),
-        reached=int(ended["steps_to_target"].notna().sum()),
-        ended=len(ended),
+        reached=best.reached,
+        ended=best.ended,
         divergence_rate=diverged / (done + diverged) if done + diverged else math.nan,
     )
 

@@ -90,7 +90,7 @@ def _entry(column: Column, cell: Cell) -> tuple[str, dict[str, Any]]:
     if column.kind == "lost":
         return describe_states(cell.states), {}
     if column.kind == "steps":
-        steps, n = ("-" if cell.steps is None else f"{cell.steps:g}"), len(cell.done)
+        steps, n = ("-" if cell.steps is None else f"{cell.steps:g}"), cell.ended
         return (f"{steps} ({cell.reached}/{n})" if n else "-"), _exact(cell.steps)
     if column.kind == "boot":
         ends = cell.metric.boot

@@ -90,13 +90,17 @@ def _stability(comparison: Comparison) -> str:
     found = comparison.evidence.stability
     if not found:
         return ""
-    heads = _heads("condition", "contender", "runs", "diverged", "failed", "roughness", "train-eval gap",
-                   "largest stable lr", "steps to target", "seconds to target", numeric=range(2, 10))  # fmt: skip
+    gaps = {"train-eval gap": [entry.gap for entry in found]}
+    if any(entry.norm_gap.n for entry in found):
+        gaps["norm gap"] = [entry.norm_gap for entry in found]
+    heads = _heads("condition", "contender", "runs", "diverged", "failed", "roughness", *gaps,
+                   "largest stable lr", "steps to target", "seconds to target", numeric=range(2, 11))  # fmt: skip
     rows = []
-    for entry in found:
+    for index, entry in enumerate(found):
         rate = f" ({entry.divergence_rate:.0%})" if entry.diverged else ""
         numbers = [str(entry.runs), f"{entry.diverged}{rate}", str(entry.failed)]
-        numbers += [str(value) if value.n else "-" for value in (entry.roughness, entry.gap)]
+        measured = [entry.roughness, *(values[index] for values in gaps.values())]
+        numbers += [str(value) if value.n else "-" for value in measured]
         numbers += [_largest(entry), _median(entry.steps), _median(entry.seconds)]
         rows.append(_row([entry.condition or "-", entry.contender], numbers))
     note = (
