@@ -105,6 +105,30 @@ def test_force_takes_waiting_jobs_back_and_ctrl_c_those_of_a_killed_command(
     assert not list((orphaned / FOLDER).iterdir())
 
 
+def test_what_slurm_does_not_take_is_said_in_its_own_words(project: Path, start: Start) -> None:
+    refused = start(*SWEEP, "seed=1,2", "hydra.launcher.partition=nowhere")
+    _, errors = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert errors.startswith(
+        "SLURM takes none of the 2 jobs: sbatch: error: invalid partition specified: nowhere"
+    )
+    assert "'partition': 'nowhere'" in errors
+    assert "Traceback" not in errors
+    assert not queue(project)
+
+
+def test_without_slurm_the_launcher_says_where_to_go(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PATH", "/nowhere")
+        assert main([*SWEEP, "seed=1,2"]) == 2
+    assert (
+        "PATH has no sbatch, squeue, scancel, srun: run this where jobs are submitted"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_controller_that_is_silent_is_told_from_jobs_that_have_long_ended(
     orphaned: Path, project: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,10 @@ directories do not have: if it dies, the jobs go on, and the same command later 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from bnlight.run.launch.submitted import FOLDER, forget, submit, submitted
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
 from bnlight.run.status import read_status
 
+COMMANDS = ("sbatch", "squeue", "scancel", "srun")
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_QUEUE_LOOKS = 10.0  # squeue asks the cluster's controller
 SECONDS_FOR_FILES = 20.0  # a result may show up on a shared file system after its job has left the queue
@@ -149,6 +152,11 @@ class Slurm(_Submitit):
     cluster = "slurm"
 
     def run(self, jobs: list[Job]) -> dict[int, JobReturn]:
+        if absent := [name for name in COMMANDS if shutil.which(name) is None]:
+            raise CommandError(
+                f"hydra/launcher=slurm needs SLURM, but PATH has no {', '.join(absent)}: run this where jobs are "
+                "submitted (a login node), or choose hydra/launcher=parallel or local, which need none"
+            )
         tasks = self._given(jobs)
         left = {name: job for name, (_, job) in tasks.items()}
         returns: dict[int, JobReturn] = {}
@@ -194,8 +202,7 @@ class Slurm(_Submitit):
             tasks = {name: (submitit.SlurmJob(here, name), job) for name, job in queued.items()}
             waiting = {job.number for job in queued.values()}
             if new := [job for job in jobs if job.number not in waiting]:
-                with _outside():
-                    given = self.executor().submit_array(new)  # whose `checkpoint` submitit calls
+                given = self._submit(new)
                 for task, job in zip(given, new, strict=True):
                     tasks[task.job_id] = task, job
                     submit(job.directory(), task.job_id)
@@ -208,6 +215,19 @@ class Slurm(_Submitit):
             place = next(iter(tasks.values()))[0].paths.folder.parent
             print(f"{len(new)} jobs given to SLURM ({numbers}); what they print is in {place}", flush=True)
         return tasks
+
+    def _submit(self, jobs: list[Job]) -> list[Any]:
+        """submitit's tasks of `jobs`, whose `checkpoint` it calls."""
+        from submitit.core.utils import FailedJobError
+
+        try:
+            with _outside(), contextlib.redirect_stderr(io.StringIO()):  # it prints what it raises
+                return list(self.executor().submit_array(jobs))
+        except FailedJobError as error:
+            given = {name: value for name, value in self.options.items() if value is not None}
+            raise CommandError(
+                f"SLURM takes none of the {len(jobs)} jobs: {error}; hydra.launcher is {given}"
+            ) from None
 
     def _queued(self, jobs: list[Job]) -> dict[str, Job]:
         """The jobs that an earlier command has submitted and that wait or run; `--force` takes back those that wait."""
