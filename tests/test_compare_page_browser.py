@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from browser import needs_browser
 from page_sweeps import (  # noqa: F401
     draw_all,
@@ -75,7 +76,7 @@ def test_a_filter_leaves_the_numbers_that_pandas_computes_from_the_files(tab, sm
     assert tab.run("document.querySelectorAll('#runs tbody tr:not([hidden])').length") == 4
     said = tab.run("document.getElementById('filtered').textContent")
     assert "4 of 11 runs" in said
-    assert "verdict" in said
+    assert "The verdict, the evidence and the settings chosen (*) remain those of all runs" in said
     assert f"bnlight compare {small.directory} --where norm=group seed=0,1" in said
     assert tab.run("document.querySelector('h1').textContent").replace("\u00a0", " ") == small.verdict
     tab.click("#filtered button")
@@ -83,19 +84,77 @@ def test_a_filter_leaves_the_numbers_that_pandas_computes_from_the_files(tab, sm
     assert tab.run("location.hash") == ""
 
 
-def test_the_script_agrees_with_python_on_the_table_of_all_runs(tab):
+def agreed(tab):
+    """The table as Python wrote it, which is what the script computes of all runs."""
     tab.run("document.getElementById('more').click()")
     written = rows(tab)
     for value in ("batch", "group"):  # both of them: the filter is on, and leaves everything
         tick(tab, "norm", value)
     computed = rows(tab)
     assert tab.run("!document.getElementById('filtered').hidden")
-    assert len(written) == len(computed) == 4
+    assert len(written) == len(computed)
     for before, after in zip(written, computed, strict=True):
         del before["boot"], after["boot"]
         assert {kind: cell["text"] for kind, cell in before.items()} == {
             kind: cell["text"] for kind, cell in after.items()
         }
+    return written
+
+
+def test_the_script_agrees_with_python_on_the_table_of_all_runs(tab):
+    assert len(agreed(tab)) == 4
+
+
+def averaged(root):
+    """Two momenta in each mean, three seeds, and one run without the metric, whose name has a sign and a space."""
+    for norm in ("batch", "group"):
+        for momentum in (0.8, 0.9):
+            for seed in range(3):
+                known = (norm, momentum, seed) != ("batch", 0.8, 2)
+                result = {"test/error %": 9 + 20 * momentum + seed**2} if known else {"test/loss": 0.1}
+                settings = {"optimizer.momentum": momentum}
+                write_job(root, norm=norm, seed=seed, settings=settings, result=result)
+    return compare(root, metric="test/error %", by="norm", tune=[])
+
+
+def repeated(root):
+    """Each seed ran twice, in W&B's eyes: nothing says that the second is a copy."""
+    for again in (False, True):
+        for norm in ("batch", "group"):
+            for seed in range(3):
+                result = {"test/accuracy": 0.9 + seed**2 / 100 - 0.05 * again}
+                job = write_job(root / f"{again}", norm=norm, seed=seed, result=result)
+                config = yaml.safe_load((job / "config.yaml").read_text())
+                config["job"]["identity"] += str(again)
+                config["paths"] = {"outputs": "outputs"}
+                (job / "config.yaml").write_text(yaml.safe_dump(config))
+    return compare(root / "False", root / "True", output=root / "both")
+
+
+def without_a_seed(root):
+    """Runs that nobody seeded are repeats of their own."""
+    for norm in ("batch", "group"):
+        for run in range(3):
+            job = write_job(root, norm=norm, seed=run, result={"test/accuracy": 0.9 + run**2 / 100})
+            config = yaml.safe_load((job / "config.yaml").read_text())
+            del config["seed"]
+            (job / "config.yaml").write_text(yaml.safe_dump(config))
+    return compare(root)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "means", "runs"), [(averaged, 3, [6, 6]), (repeated, 3, [6, 6]), (without_a_seed, 3, [3, 3])]
+)
+def test_a_mean_is_over_seeds_with_and_without_a_filter(browser, tmp_path, sweep, means, runs):
+    comparison = sweep(tmp_path)
+    tab = browser.open(comparison.page.as_uri())
+    table = agreed(tab)
+    assert [int(row["n"]["text"]) for row in table] == [cell.metric.n for cell in comparison.cells]
+    assert [int(row["n"]["text"]) for row in table] == [means, means]
+    assert [int(row.get("runs", row["n"])["text"]) for row in table] == runs
+    assert [row["interval"]["half"] for row in table] == [cell.metric.half_width for cell in comparison.cells]
+    assert tab.problems == []
+    tab.close()
 
 
 def test_the_figures_follow_the_filter(tab, small):
@@ -129,6 +188,43 @@ def test_the_learning_curve_is_the_mean_over_seeds_with_its_interval(browser, tm
     tab.click("[name=band][value=range]")
     tab.until("document.querySelector('[data-figure=\"0\"] .chart').data[0].y[0] === 0.3")
     assert tab.problems == []
+    tab.close()
+
+
+def test_a_learning_curve_over_further_settings_is_a_mean_over_seeds(browser, tmp_path):
+    values = {0.8: (0.1, 0.2), 0.9: (0.5, 0.8)}  # by momentum, of two seeds
+    for momentum, accuracies in values.items():
+        for seed, accuracy in enumerate(accuracies):
+            job = write_job(tmp_path, seed=seed, settings={"optimizer.momentum": momentum})
+            write_metrics(job, [{"attempt": 1, "step": 0, "epoch": 0, "time": 0, "val/accuracy": accuracy}])
+    tab = browser.open(compare(tmp_path, by="norm", tune=[]).page.as_uri())
+    draw_all(tab)
+    band, line = tab.run("document.querySelector('[data-figure=\"0\"] .chart').data.map(({ y }) => y)")
+    assert line == pytest.approx([0.4])
+    assert band[0] - line[0] == pytest.approx(stats.t.ppf(0.975, 1) * 0.1)
+    assert tab.problems == []
+    tab.close()
+
+
+def test_where_settings_share_a_point_survivors_of_divergence_do_not_stand_for_it(browser, tmp_path):
+    for lr in (0.1, 0.2):
+        for momentum, accuracy in ((0.8, 0.80), (0.9, 0.85)):
+            for seed in range(2):
+                state = "diverged" if lr == 0.2 and momentum == 0.9 and seed else "done"
+                settings = {"optimizer.lr": lr, "optimizer.momentum": momentum}
+                result = {"test/accuracy": accuracy}
+                job = write_job(tmp_path, seed=seed, state=state, settings=settings, result=result)
+                write_metrics(
+                    job, [{"attempt": 1, "step": 9, "epoch": 0, "time": 0, "val/accuracy": accuracy}]
+                )
+    tab = browser.open(compare(tmp_path, tune=["lr", "momentum"]).page.as_uri())
+    draw_all(tab)
+    line = tab.run("""(() => {
+        const titles = ({ layout: { xaxis, yaxis } }) => `${yaxis.title.text} against ${xaxis.title.text}`;
+        const charts = [...document.querySelectorAll(".chart")];
+        return charts.find(chart => titles(chart) === "test accuracy against lr").data.map(({ text, y }) => [text, y]);
+    })()""")
+    assert line == [[["0.1", "0.2"], [0.85, 0.80]]]
     tab.close()
 
 

@@ -53,7 +53,10 @@ def columns(comparison: Comparison) -> list[Column]:
     cells, axes, metric = comparison.cells, comparison.axes, comparison.metric
     words, runs = metric_words(metric), comparison.runs
     found = [Column(axes.label(key), "setting", key) for key in axes.keys]
-    found.append(Column("n", "n"))
+    # Runs without the metric, or several of one seed.
+    if any(len(cell.done) != cell.metric.n for cell in cells):
+        found.append(Column("runs", "runs"))
+    found.append(Column("n", "n", metric))
     if any(cell.states for cell in cells):
         found.append(Column("not done", "lost"))
     found.append(Column(f"{words} mean ± 95 % CI", "interval", metric))
@@ -85,8 +88,8 @@ def _entry(column: Column, cell: Cell) -> tuple[str, dict[str, Any]]:
     """What is shown, and the exact numbers behind it for an export."""
     if column.kind == "setting":
         return shown(cell.settings[column.of]), {}
-    if column.kind == "n":
-        return str(len(cell.done)), {}
+    if column.kind in ("runs", "n"):
+        return str(len(cell.done) if column.kind == "runs" else cell.metric.n), {}
     if column.kind == "lost":
         return describe_states(cell.states), {}
     if column.kind == "steps":

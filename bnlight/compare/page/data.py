@@ -40,7 +40,6 @@ def payload(comparison: Comparison, metrics: Sequence[str]) -> dict[str, Any]:
         "lower": comparison.monitor.lower(comparison.metric),
         "validation": _validation(comparison),
         "words": {name: metric_words(name) for name in [*columns(comparison), *metrics]},
-        "averaged": bool(axes.averaged),
         "t": [float(stdtrit(freedom, 0.975)) for freedom in range(1, len(runs))],
         "contenders": names,
         "conditions": conditions,
@@ -144,14 +143,19 @@ def _runs(comparison: Comparison, runs: pd.DataFrame) -> dict[str, Any]:
         "name": [str(row["job"]) for row in rows],
         "state": [str(row["state"]) for row in rows],
         "seed": [shown(row["seed"]) for row in rows],
-        # Where a mean goes over further settings, they are averaged within each seed first.
-        "repeat": pd.factorize(seeds_of(comparison.configs).reindex(runs.index))[0].tolist(),
+        "repeat": _repeats(comparison, runs),
         "cell": [cell_of.get(name, -1) for name in runs.index],
         "error": {at: row["error"] for at, row in enumerate(rows) if isinstance(row["error"], str)},
         "path": [path for path, _ in where],
         "url": [url for _, url in where],
         "columns": {name: _finite(runs[name]) for name in columns(comparison)},
     }
+
+
+def _repeats(comparison: Comparison, runs: pd.DataFrame) -> list[int]:
+    """The number of each run's seed: a mean first goes over the runs of one. A run without a seed is its own."""
+    seeds = seeds_of(comparison.configs).reindex(runs.index)
+    return pd.factorize(seeds.where(seeds.notna(), runs.index))[0].tolist()
 
 
 def _finite(column: pd.Series) -> list[float | None]:
@@ -169,7 +173,7 @@ def _histories(history: pd.DataFrame, metrics: Sequence[str], order: list[str]) 
     for metric in metrics:
         values = history[metric].to_numpy(float)[sorting]
         known = np.isfinite(values) & np.isfinite(steps) & (position >= 0)
-        at, x, y = position[known], steps[known], _rounded(values[known])
+        at, x, y = position[known], steps[known], values[known]
         runs, starts = np.unique(at, return_index=True)
         grids: dict[tuple[float, ...], int] = {}
         grid: list[int] = [-1] * len(order)
@@ -178,15 +182,9 @@ def _histories(history: pd.DataFrame, metrics: Sequence[str], order: list[str]) 
             if len(part) > POINTS:
                 part = part[np.linspace(0, len(part) - 1, POINTS).round().astype(int)]
             grid[run] = grids.setdefault(tuple(x[part].tolist()), len(grids))
-            kept[run] = y[part].tolist()
+            kept[run] = [float(f"{value:.5g}") for value in y[part]]  # more digits are not seen
         result[metric] = {"grids": [_whole(steps) for steps in grids], "grid": grid, "values": kept}
     return result
-
-
-def _rounded(values: np.ndarray) -> np.ndarray:
-    """Five digits: more are not seen."""
-    scale = 10.0 ** (4 - np.floor(np.log10(np.abs(np.where(values == 0, 1.0, values)))))
-    return np.round(values * scale) / scale
 
 
 def _whole(steps: Sequence[float]) -> list[float]:

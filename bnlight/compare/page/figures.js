@@ -19,9 +19,10 @@ const themes = {
 };
 let theme = themes.light;
 
+// `name` is for plotly, which reads tags in it; `label` is for the page.
 const look = contender => {
   const { name, colour, dash, symbol } = data.contenders[contender];
-  return { name: safe(name), colour: colour[theme.at], dash, symbol };
+  return { label: name, name: safe(name), colour: colour[theme.at], dash, symbol };
 };
 
 function axisLayout(title, more = {}) {
@@ -76,7 +77,7 @@ draw.curves = ({ metric, condition }, { band }) => {
       customdata: x.map(() => String(run)),
       hovertemplate: `${name}, seed ${safe(runs.seed[run])}<br>step %{x}: %{y:.4g}<extra></extra>`,
     });
-    else if (curve.curves.length > 1) bands.push({
+    else if (curve.rows.length > 1) bands.push({
       type: "scatter", name, x: [...curve.steps, ...[...curve.steps].reverse()], mode: "lines", line: { width: 0 },
       y: [...ends.map(end => end[1]), ...ends.map(end => end[0]).reverse()],
       fill: "toself", fillcolor: colour + (cells.length <= 6 ? "26" : "16"), hoverinfo: "skip",
@@ -136,16 +137,21 @@ function seriesOf(cell, key) {
   const { contender } = data.cells[cell];
   if (axisOf[key].role !== "contenders") return { ...look(contender), order: contender };
   const others = data.axes.filter(axis => axis.role === "contenders" && axis.key !== key);
-  const name = others.map(axis => `${axis.label} = ${settingOf(cell, axis.key)}`).join(", ") || "all";
-  return { ...look(0), name: safe(name), order: name };
+  const label = others.map(axis => `${axis.label} = ${settingOf(cell, axis.key)}`).join(", ") || "all";
+  return { ...look(0), label, name: safe(label), order: label };
 }
 
-// Of the cells at one place, the one that stands for them: the chosen one, else the best by validation.
+// Of the cells at one place, the one that stands for them: the chosen one, else, of those that lost the fewest runs
+// to divergence, the best by validation.
 function standsFor(cells) {
   const chosen = cells.find(cell => data.cells[cell].chosen);
   if (chosen !== undefined || !data.validation) return chosen ?? cells[0];
-  const rank = cell => estimate(valuesOf(doneRuns(cell), data.validation.name)).mean * (data.validation.lower ? 1 : -1);
-  return cells.reduce((best, cell) => rank(cell) < rank(best) ? cell : best);
+  const { name, lower } = data.validation;
+  const lost = cell => keptRuns(cell).filter(isDiverged).length;
+  const loss = cell => estimate(valuesOf(doneRuns(cell), name)).mean * (lower ? 1 : -1);
+  const worth = cells.map(cell => ({ cell, lost: lost(cell), loss: loss(cell) })).filter(({ loss }) => Number.isFinite(loss));
+  worth.sort((a, b) => a.lost - b.lost || a.loss - b.loss);
+  return worth.length ? worth[0].cell : cells[0];
 }
 
 // Groups of cells by series and by the value of `key`: Map series name -> {look, at: Map value -> cells}.
@@ -182,7 +188,7 @@ function frame(points) {
 
 function lineFigure(key, title, height, points, format) {
   const traces = [], rows = [];
-  for (const [place, { look: { name, colour, dash, symbol }, at }] of points.entries()) {
+  for (const [place, { look: { label, name, colour, dash, symbol }, at }] of points.entries()) {
     const sorted = [...at].sort((a, b) => a[0] - b[0]);
     if (!sorted.length) continue;
     traces.push({
@@ -192,7 +198,7 @@ function lineFigure(key, title, height, points, format) {
       marker: { color: colour, size: 9, symbol }, customdata: sorted.map(([, { which }]) => which.join()),
       hovertemplate: `${name}<br>${safe(axisOf[key].label)} %{text}: %{y:${format}}<extra></extra>`,
     });
-    for (const [x, { y, half, n }] of sorted) rows.push([name, x, n, y, half ?? null]);
+    for (const [x, { y, half, n }] of sorted) rows.push([label, x, n, y, half ?? null]);
   }
   if (!traces.length) return null;
   return {
@@ -219,7 +225,7 @@ draw.line = ({ x: key, where }) => {
 draw.divergence = ({ x: key }) => {
   const points = lines(allCells, key).map(({ look: seen, at }) => ({
     look: seen, at: new Map([...at].map(([x, group]) => {
-      const which = group.flatMap(keptRuns).filter(run => isDone(run) || runs.state[run] === "diverged");
+      const which = group.flatMap(keptRuns).filter(run => isDone(run) || isDiverged(run));
       return [x, { y: which.filter(run => !isDone(run)).length / which.length * 100, n: which.length, which }];
     }).filter(([, { n }]) => n)),
   }));

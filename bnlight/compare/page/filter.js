@@ -6,7 +6,8 @@ const table = $("#cells");
 const asWritten = [...table.tBodies[0].rows].map(row => ({ row, className: row.className, html: row.innerHTML }));
 
 const entries = {
-  n: which => [String(which.length)],
+  runs: which => [String(which.length)],
+  n: (which, of) => [String(valuesOf(which, of).length)],
   interval: (which, of) => {
     const found = estimate(valuesOf(which, of));
     return [interval(found), found.mean, found.half];
@@ -100,8 +101,8 @@ function tellFilter() {
   const command = [data.command, "--where", ...[...data.where, ...asked].map(quoted)].join(" ");
   note.replaceChildren(
     element("p", {}, element("strong", {}, `Filter on: ${kept.filter(Boolean).length} of ${kept.length} runs. `),
-      "The table, the runs and the figures drawn from runs show these alone. The verdict and the evidence remain ",
-      "those of all runs. To compute everything again:"),
+      "The table, the runs and the figures drawn from runs show these alone. The verdict, the evidence and the ",
+      "settings chosen (*) remain those of all runs. To compute everything again:"),
     element("code", {}, command), button("Show all runs", "Clear the filter", () => setFilter(new URLSearchParams())));
 }
 

@@ -30,8 +30,14 @@ class Figure:
     wide: bool = False
 
     @property
+    def label(self) -> str:
+        """The title with its condition, which the heading above may have said already."""
+        condition = self.options.get("condition", "")
+        return self.title if self.title.endswith(condition) else f"{self.title}, {condition}"
+
+    @property
     def spec(self) -> dict[str, Any]:
-        return {"kind": self.kind, "title": self.title, **self.options}
+        return {"kind": self.kind, **self.options}
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ def _against(comparison: Comparison) -> Section:
     figures = [*(figure for figure in figures if figure not in tuned), *_divergence(comparison), *tuned]
     figures = [replace(figure, wide=len(figures) == 1) for figure in figures]
     note = "Means over seeds with their 95 % intervals. A point leads to its runs."
+    if len(axes.tuned) > 1:
+        note += " Where several tuned settings share a point, it is the best of them by validation."
     return Section(f"{words} against what was swept", note, [("", figures)])
 
 
@@ -114,7 +122,7 @@ def _curves(comparison: Comparison) -> Section:
         (name, [Figure("curves", title, {"metric": metric, "condition": name}) for title, metric in figures])
         for name in _conditions(comparison)
     ]
-    note = "Mean over the done seeds, as far as each of them got."
+    note = "Mean over the done seeds, as far as all of them got."
     if is_tuned(comparison.cells):
         note += " Of each contender the chosen setting (*) is drawn."
     return Section("Learning curves", note, groups, _opened(groups))

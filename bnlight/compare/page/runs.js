@@ -18,18 +18,17 @@ function applyFilter() {
 
 const keptRuns = cell => runsOf[cell].filter(run => kept[run]);
 const isDone = run => runs.state[run] === "done";
+const isDiverged = run => runs.state[run] === "diverged";
 const doneRuns = cell => keptRuns(cell).filter(isDone);
 const valueOf = (run, name) => runs.columns[name]?.[run] ?? NaN;
 const sum = values => values.reduce((total, value) => total + value, 0);
 
-// The finite values of runs; where a mean goes over further settings too, their mean within each seed.
+// One finite value per seed: the mean over the runs that have it.
 function valuesOf(which, name) {
   const known = which.filter(run => Number.isFinite(valueOf(run, name)));
-  if (!data.averaged) return known.map(run => valueOf(run, name));
   const groups = Map.groupBy(known, run => runs.repeat[run]);
   return [...groups.values()].map(group => sum(group.map(run => valueOf(run, name))) / group.length);
 }
-
 
 // n, mean, standard deviation (n - 1), half-width of the 95 % interval t(0.975, n - 1) s / sqrt(n), median, worst.
 function estimate(values, lower = data.lower) {
@@ -76,7 +75,7 @@ function amount(name, value) {
 // Six digits without trailing zeros, for settings and ticks.
 const short = value => String(Number(value.toPrecision(6)));
 
-// Mean of a metric over runs by step, as far as all of them got, with the values the band and the seeds need.
+// Mean of a metric over seeds by step, as far as all runs got, with the values the band and the seeds need.
 // Where runs were measured at different steps, each is interpolated linearly between its own.
 function meanCurve(which, metric) {
   const { grids, grid, values } = data.history[metric];
@@ -86,9 +85,12 @@ function meanCurve(which, metric) {
   const last = Math.min(...curves.map(curve => curve.x.at(-1)));
   const steps = [...new Set(curves.flatMap(curve => curve.x))].filter(x => x >= first && x <= last);
   steps.sort((a, b) => a - b);
-  const rows = curves.map(curve => interpolate(curve, steps));
+  const seeds = [...Map.groupBy(curves, ({ run }) => runs.repeat[run]).values()];
+  const rows = seeds.map(group => meanOf(group.map(curve => interpolate(curve, steps))));
   return { curves, steps, at: steps.map((_, index) => estimate(rows.map(row => row[index]))), rows };
 }
+
+const meanOf = rows => rows[0].map((_, at) => sum(rows.map(row => row[at])) / rows.length);
 
 function interpolate({ x, y }, steps) {
   let left = 0;

@@ -17,6 +17,8 @@ from bnlight.compare.verdict import is_tuned
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
 
+# Of a run's numbers those that are in its panel alone.
+_IN_PANEL = ("steps_to_target", "seconds_to_target", "roughness", "train_eval_gap")
 _OPEN_RUNS = 100  # a longer list of runs starts folded
 PANEL = '<dialog id="panel" aria-labelledby="panel-title"></dialog>'
 
@@ -68,7 +70,7 @@ def table_of_cells(comparison: Comparison) -> str:
         marks += [] if each.chosen else ["tried"]
         marked = attributes({"class": " ".join(marks) or None, "data-cell": index})
         rows.append(f"<tr{marked}>{page_columns.row(comparison, each, described)}</tr>")
-    note = "Means over the done runs (n); ± is the half-width of the 95 % interval."
+    note = "Means over the n seeds that are done; ± is the half-width of the 95 % interval."
     if any(column.kind == "steps" for column in described):
         note += (
             " Steps: the median number of optimizer steps until the validation accuracy is "
@@ -106,10 +108,7 @@ def broken(comparison: Comparison) -> str:
 def runs(comparison: Comparison) -> str:
     """Every run with its settings and results; its name leads to its config, log and W&B run."""
     axes, listed = comparison.axes, data.ordered(comparison)
-    names = [
-        name for name in data.columns(comparison) if name not in ("steps_to_target", "seconds_to_target")
-    ]
-    names = [name for name in names if name not in ("roughness", "train_eval_gap")]
+    names = [name for name in data.columns(comparison) if name not in _IN_PANEL]
     heads = ["run", "state", *map(axes.label, axes.keys), "seed", *map(page_columns.heading, names), "links"]
     settings = axes.values[axes.keys].reindex(listed.index).map(shown).to_numpy()
     rows = []
