@@ -5,8 +5,18 @@ import xml.etree.ElementTree as ElementTree
 import pandas as pd
 import pytest
 from browser import needs_browser
-from page_sweeps import draw_all, expected, open_browser, open_tab, results, rows, small_sweep  # noqa: F401
-from test_compare_builder import write_job
+from page_sweeps import (  # noqa: F401
+    draw_all,
+    expected,
+    large_sweep,
+    open_browser,
+    open_tab,
+    results,
+    rows,
+    small_sweep,
+    tick,
+)
+from test_compare_builder import scored, write_job, write_sweep
 
 from bnlight.compare import compare
 from bnlight.compare.palette import hexadecimal
@@ -59,6 +69,30 @@ def test_a_click_on_a_mean_leads_to_the_runs_behind_it(tab, small):
     assert len(small.runs[small.runs["job"].isin(listed) & (small.runs["batch_size"] == 4)]) == 3
     tab.click("#panel li:nth-child(2) button")
     assert tab.run("document.getElementById('panel-title').textContent") == listed[1]
+    assert tab.run("document.activeElement.className") == "close"  # what had the focus is gone
+
+
+def test_an_address_pasted_into_the_open_page_opens_its_run(tab, small):
+    tab.run(f"location.hash = 'norm=group&run={small.runs.index[0]}'")
+    tab.until("document.getElementById('panel').open")
+    assert tab.run("document.getElementById('panel-title').textContent") == small.runs["job"].iloc[0]
+    assert {row["norm"]["text"] for row in rows(tab)} == {"group"}
+
+
+def test_a_figure_that_a_filter_has_emptied_comes_back_with_its_links(browser, tmp_path):
+    write_sweep(tmp_path, ("batch", "group"), (0, 1))
+    write_job(tmp_path, seed=2, state="failed", traceback="boom")
+    tab = browser.open(compare(tmp_path).page.as_uri())
+    draw_all(tab)
+    tick(tab, "seed", "2")
+    tab.run("document.querySelector('figure').scrollIntoView({ behavior: 'instant' })")
+    tab.until("document.querySelector('figure').classList.contains('empty')")
+    assert not tab.run("document.querySelector('figure .tools').checkVisibility()")
+    tab.click("#filtered button")
+    draw_all(tab)
+    assert click_point(tab, 1) == "2 runs behind this point"
+    assert tab.problems == []
+    tab.close()
 
 
 def test_everything_can_be_reached_by_the_keyboard_and_the_focus_is_seen(tab):
@@ -123,6 +157,28 @@ def test_every_table_is_saved_as_csv_latex_and_markdown(browser, tab, small):
     )
     assert f"| {row['mean']:.4f} ± {row['half']:.4f} |" in saved["Markdown"]
     assert len({line.count("|") for line in saved["Markdown"].splitlines()}) == 1
+
+
+def test_a_number_that_is_missing_is_an_empty_field_of_a_csv(browser, tmp_path):
+    for norm, accuracies in (("batch", [0.95, 0.96]), ("group", [0.5, 0.6])):
+        scored(tmp_path, norm, accuracies)
+    write_job(tmp_path, norm="layer", state="failed")
+    comparison = compare(tmp_path)
+    tab = browser.open(comparison.page.as_uri())
+    tab.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+    saved = {}
+    for table, name in (("cells", "table"), ("pairs", "paired-differences")):
+        tab.click(f".exports[data-table={table}] button")
+        (tmp_path / "saved.csv").write_bytes(browser.downloaded(f"{name}.csv"))
+        saved[table] = pd.read_csv(tmp_path / "saved.csv")
+    steps = saved["cells"].set_index("norm")["steps to 0.9"]
+    assert steps["batch"] == 9
+    assert steps[["group", "layer"]].isna().all()
+    pair = comparison.evidence.pairs[0]
+    row = saved["pairs"].iloc[0]
+    assert (row["difference"], row["p"], row["p (Holm)"]) == (pair.difference, pair.p, pair.p_holm)
+    assert saved["pairs"]["p"].isna().tolist() == [False, True, True]
+    tab.close()
 
 
 def test_every_figure_is_saved_as_svg_and_png_on_white_and_its_numbers_as_csv(browser, tab, small):
@@ -198,16 +254,31 @@ def test_the_page_prints_with_all_its_figures_in_light_colours(browser, small):
     tab.close()
 
 
+def test_what_is_folded_is_not_drawn_for_the_printer(browser, large):
+    tab = browser.open(large.page.as_uri())
+    tab.run("dispatchEvent(new Event('beforeprint'))")
+    drawn = tab.run(
+        "[...document.querySelectorAll('figure')].map(each => [each.checkVisibility(), !!each.querySelector('.main-svg')])"
+    )
+    assert {True, False} == {seen for seen, _ in drawn}
+    assert all(seen == there for seen, there in drawn)
+    tab.close()
+
+
 def test_a_script_in_a_name_never_runs(browser, tmp_path):
     evil = '<script>alert(1)</script><img src=x onerror="document.title=1">'
     for norm in (evil, "batch"):
-        for seed in (0, 1):
-            write_job(tmp_path, norm=norm, seed=seed, state="done")
+        for batch_size in (4, 32):
+            write_sweep(tmp_path, (norm,), (0, 1), settings={"data.batch_size": batch_size})
     write_job(tmp_path, norm="group", state="failed", traceback=evil)
     tab = browser.open(compare(tmp_path).page.as_uri())
     draw_all(tab)
     shown = "[...document.querySelectorAll('.legend button')].map(each => each.textContent)"
     assert sorted(tab.run(shown)) == sorted([evil, "batch"])
+    tab.run("document.querySelectorAll('details').forEach(each => each.open = true)")
+    named = "[...document.querySelectorAll('.numbers td:first-child')].map(each => each.textContent)"
+    tab.until(f"{named}.length")
+    assert {name for name in tab.run(named) if "script" in name} == {evil}
     tab.click("#runs tbody tr:last-child a[data-run]")
     assert evil in tab.run("document.getElementById('panel').textContent")
     assert tab.run("document.querySelectorAll('img').length") == 0

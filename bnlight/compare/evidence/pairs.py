@@ -224,9 +224,16 @@ def _needs(pair: Pair) -> str:
     return f"so small a difference needs over {MOST} more seeds"
 
 
+def p_number(p: float) -> str:
+    """`0.004`; `-` where nothing was tested."""
+    if not math.isfinite(p):
+        return "-"
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
 def p_value(p: float) -> str:
     """`p = 0.004`."""
-    return f"p {'< 0.0001' if p < 0.0001 else f'= {p:.2g}'}"
+    return f"p {'' if p < 0.0001 else '= '}{p_number(p)}"
 
 
 def numbers(pair: Pair, size: float) -> str:

@@ -22,16 +22,20 @@ for (const [at, head] of $$("#runs th").entries()) {
 
 // ---- begin
 
+function followAddress() {
+  setFilter(state());
+  const linked = runs.key.indexOf(state().get("run"));
+  if (linked >= 0) showRun(linked);
+}
+
 systemDark.addEventListener("change", () => { wear(); redraw(); });
 addEventListener("beforeprint", () => {
   printing = true;
   wear();
-  figures.filter(({ frame }) => frame.offsetParent).forEach(drawFigure);
+  figures.filter(({ frame }) => frame.checkVisibility()).forEach(drawFigure);
 });
 addEventListener("afterprint", () => { printing = false; wear(); redraw(); });
-addEventListener("hashchange", () => setFilter(state()));
+addEventListener("hashchange", followAddress);
 wear(remembered());
-if (state().size) setFilter(state());
+if (state().size) followAddress();
 else redraw();
-const linked = runs.key.indexOf(state().get("run"));
-if (linked >= 0) showRun(linked);

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bnlight.compare.evidence import Front, Pair, Stability
+from bnlight.compare.evidence.pairs import ALPHA, p_number, p_value
 from bnlight.compare.page import plan
 from bnlight.compare.page.columns import amount, exact, heading
 from bnlight.compare.page.markup import cell, grid, items, text
 from bnlight.compare.page.pictures import Pictures
 from bnlight.compare.stats import number
-from bnlight.compare.verdict import metric_words
 
 if TYPE_CHECKING:
     from bnlight.compare.against import Difference
@@ -32,11 +32,9 @@ def payload(comparison: Comparison) -> dict[str, Any]:
         ],
         "ranking": asdict(found.ranking) if found.ranking else None,
         "fronts": [
-            {"quality": f.quality, "cost": f.cost, "words": [metric_words(f.quality), metric_words(f.cost)],
-             "points": _points(f)}
-            for f in found.fronts
+            {"quality": front.quality, "cost": front.cost, "points": _points(front)} for front in found.fronts
         ],
-    }  # fmt: skip
+    }
 
 
 def render(comparison: Comparison, pictures: Pictures) -> str:
@@ -56,10 +54,12 @@ def _ranking(comparison: Comparison, frames: str) -> str:
     ranking = comparison.evidence.ranking
     if ranking is None:
         return ""
-    test = _p(ranking.p, equal="= ")
+    bar = f"differ by less than the critical difference, {ranking.critical_difference:.2f}"
+    if ranking.p > ALPHA:
+        bar = "are not told apart: that test finds no difference among them all"
     note = (
-        f"Ranks averaged over {ranking.blocks} blocks (one setting and seed each); Friedman test: p {test}. "
-        f"Contenders under one bar differ by less than the critical difference, {ranking.critical_difference:.2f}."
+        f"Ranks averaged over {ranking.blocks} blocks (one setting and seed each); Friedman test: "
+        f"{p_value(ranking.p)}. Contenders under one bar {bar}."
     )
     return f'<h2>Ranks</h2>\n<p class="soft">{text(note)}</p>\n{frames}'
 
@@ -72,10 +72,11 @@ def _pairs(comparison: Comparison, frames: str) -> str:
                    "told apart", "more seeds", numeric=range(3, 11))  # fmt: skip
     rows = []
     for pair in pairs:
-        numbers = [str(pair.n), number(pair.difference), _ends(pair), number(pair.effect), _p(pair.p)]
-        numbers += [_p(pair.p_holm), "yes" if pair.told_apart else "no"]
-        numbers += ["-" if pair.more_seeds is None else str(pair.more_seeds)]
-        rows.append(_row([pair.condition or "-", pair.better, pair.worse], numbers))
+        entries = [_plain(pair.n), exact(number(pair.difference), pair.difference), _plain(_ends(pair))]
+        entries += [exact(number(pair.effect), pair.effect), exact(p_number(pair.p), pair.p)]
+        entries += [exact(p_number(pair.p_holm), pair.p_holm), _plain("yes" if pair.told_apart else "no")]
+        entries += [_plain("-" if pair.more_seeds is None else pair.more_seeds)]
+        rows.append(_row([pair.condition or "-", pair.better, pair.worse], entries))
     note = (
         "Each pair of contenders on the seeds both have: the difference seed by seed with its 95 % interval, and a "
         "paired test with Holm's correction within a setting. Filled points are told apart, hollow ones are not."
@@ -98,15 +99,14 @@ def _stability(comparison: Comparison) -> str:
     rows = []
     for index, entry in enumerate(found):
         rate = f" ({entry.divergence_rate:.0%})" if entry.diverged else ""
-        numbers = [str(entry.runs), f"{entry.diverged}{rate}", str(entry.failed)]
-        measured = [entry.roughness, *(values[index] for values in gaps.values())]
-        numbers += [str(value) if value.n else "-" for value in measured]
+        numbers = [entry.runs, f"{entry.diverged}{rate}", entry.failed, entry.roughness]
+        numbers += [values[index] for values in gaps.values()]
         numbers += [_largest(entry), _median(entry.steps), _median(entry.seconds)]
-        rows.append(_row([entry.condition or "-", entry.contender], numbers))
+        rows.append(_row([entry.condition or "-", entry.contender], [*map(_plain, numbers)]))
     note = (
-        "Over all runs of a contender, at every setting tried. Roughness is how much a training curve jumps, the gap "
-        "how much better a run is on its training data than on the data it is judged by; the target is a validation "
-        f"accuracy of {comparison.target:g}, reached by the median run at the chosen setting."
+        "Over all runs of a contender, at every setting tried; roughness is how much a training curve jumps. Over "
+        "those at the chosen setting: the gap, how much better a run is on its training data than on the data it is "
+        f"judged by, and when the median run reaches the target, a validation accuracy of {comparison.target:g}."
     )
     table = grid("stability", "Stability", heads, rows)
     return f'<h2>Stability</h2>\n<p class="soft">{text(note)}</p>\n{table}\n'
@@ -120,9 +120,8 @@ def _costs(comparison: Comparison, frames: str) -> str:
     rows = []
     for chosen in (each for each in comparison.cells if each.chosen and len(each.done)):
         means = {name: float(chosen.done[name].mean()) for name in measured}
-        words = cell(text(chosen.condition or "-")) + cell(text(chosen.contender))
-        entries = "".join(exact(amount(name, mean), mean) for name, mean in means.items())
-        rows.append(f"<tr>{words}{entries}</tr>")
+        entries = [exact(amount(name, mean), mean) for name, mean in means.items()]
+        rows.append(_row([chosen.condition or "-", chosen.contender], entries))
     note = (
         "Filled points are on the Pareto front: nothing else is better and cheaper at once. Hollow ones are not. The "
         "table has the mean costs of the done runs at the chosen setting."
@@ -139,9 +138,10 @@ def _against(comparison: Comparison) -> str:
                    "told apart", numeric=range(2, 9))  # fmt: skip
     rows = []
     for found in other.differences:
-        numbers = [str(found.here), str(found.there), str(found.n), number(found.difference)]
-        numbers += [_ends(found), _p(found.p_holm), "yes" if found.told_apart else "no"]
-        rows.append(_row([found.condition or "-", found.contender], numbers))
+        entries = [_plain(found.here), _plain(found.there), _plain(found.n)]
+        entries += [exact(number(found.difference), found.difference), _plain(_ends(found))]
+        entries += [exact(p_number(found.p_holm), found.p_holm), _plain("yes" if found.told_apart else "no")]
+        rows.append(_row([found.condition or "-", found.contender], entries))
     remarks = [f"Only here: {', '.join(other.only_here)}."] if other.only_here else []
     remarks += [f"Only in {other.name}: {', '.join(other.only_there)}."] if other.only_there else []
     remarks += [f"The two also differ in {', '.join(other.settings)}."] if other.settings else []
@@ -149,9 +149,12 @@ def _against(comparison: Comparison) -> str:
     return f"<h2>Against {text(other.name)}</h2>\n<p>{text(other.verdict)}</p>\n{items(remarks)}{table}\n"
 
 
-def _row(words: list[str], numbers: list[str]) -> str:
-    entries = [*(cell(text(word)) for word in words), *(cell(text(value), "number") for value in numbers)]
-    return f"<tr>{''.join(entries)}</tr>"
+def _row(names: list[str], entries: list[str]) -> str:
+    return f"<tr>{''.join(cell(text(name)) for name in names)}{''.join(entries)}</tr>"
+
+
+def _plain(value: Any) -> str:
+    return cell(text(value), "number")
 
 
 def _heads(*names: str, numeric: range) -> list[dict[str, Any]]:
@@ -167,12 +170,6 @@ def _points(front: Front) -> list[dict[str, Any]]:
 def _interval(pair: Pair) -> dict[str, float | None]:
     names = ("difference", "low", "high", "effect", "p", "p_holm")
     return {name: value if math.isfinite(value := getattr(pair, name)) else None for name in names}
-
-
-def _p(value: float, equal: str = "") -> str:
-    if not math.isfinite(value):
-        return "-"
-    return "< 0.001" if value < 0.001 else f"{equal}{value:.3f}"
 
 
 def _ends(found: Pair | Difference) -> str:

@@ -28,7 +28,7 @@ const visible = element => !element.hidden && getComputedStyle(element).display 
 
 const plain = element => element.textContent.replace(/[\u00a0\u2007]/g, " ").trim();
 
-// The rows of a table as they are seen, or, `exact`, with the numbers behind what is shown.
+// The rows of a table as they are seen, or, `exact`, with the numbers behind what is shown and nothing where there is none.
 function contents(table, exact = false) {
   const heads = [...table.tHead.rows[0].cells], lines = [...table.tBodies[0].rows].filter(visible);
   const columns = heads.map((head, at) => ({
@@ -38,7 +38,8 @@ function contents(table, exact = false) {
   const head = columns.flatMap(column => column.half ? [column.head.replace(/ ± .*/, ""), "± 95 % CI"] : [column.head]);
   const rows = lines.map(row => columns.flatMap(({ at, half }) => {
     const { dataset } = row.cells[at];
-    const value = exact && dataset.value !== undefined ? dataset.value : plain(row.cells[at]);
+    const seen = plain(row.cells[at]), missing = /^-( |$)/.test(seen);
+    const value = !exact ? seen : missing ? "" : dataset.value ?? seen;
     return half ? [value, dataset.half ?? ""] : [value];
   }));
   return { head, rows, numeric: columns.map(column => column.numeric) };

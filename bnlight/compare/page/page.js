@@ -38,6 +38,8 @@ function wear(choice) {
 const figures = data.figures.map((spec, at) => ({ spec, frame: $(`[data-figure="${at}"]`), stale: true }));
 const touch = matchMedia("(pointer: coarse)").matches;
 
+const titleOf = ({ frame }) => $(".chart", frame).getAttribute("aria-label");  // with its condition
+
 const build = (figure, width) => draw[figure.spec.kind](figure.spec, { width, band: $("[name=band]:checked")?.value });
 
 function drawFigure(figure) {
@@ -52,11 +54,11 @@ function drawFigure(figure) {
     chart.textContent = "No done run under this filter.";
     return;
   }
-  if (!chart.data) chart.textContent = "";
+  const first = !chart.data;
+  if (first) chart.textContent = "";
   const layout = { ...made.layout, dragmode: touch ? false : "zoom", ...(printing ? { width } : { autosize: true }) };
   Plotly.react(chart, made.data, layout, { displayModeBar: false, responsive: true });
-  if (!figure.listens) chart.on("plotly_click", ({ points }) => showRuns(points[0].customdata));
-  figure.listens = true;
+  if (first) chart.on("plotly_click", ({ points }) => showRuns(points[0].customdata));
   const numbers = $("details.numbers", figure.frame);
   if (numbers?.open) fillNumbers(figure, numbers);
 }
@@ -79,6 +81,7 @@ function redraw() {
 
 // The same numbers as text: for a screen reader, and for whoever wants them.
 function fillNumbers(figure, place) {
+  const title = titleOf(figure);
   const { table: { head, rows } } = build(figure, 900) ?? { table: { head: [], rows: [] } };
   const numeric = value => value === null || typeof value === "number";
   const classes = head.map((_, at) => rows.every(row => numeric(row[at])) ? "number" : "");
@@ -92,13 +95,14 @@ function fillNumbers(figure, place) {
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...titles)),
     element("tbody", {}, ...rows.map(row => element("tr", {}, ...cellsOf(row)))));
   const exports = element("div", { className: "exports" });
-  offerTable(exports, table, figure.frame.querySelector("figcaption").textContent);
+  offerTable(exports, table, title);
   $("summary", place).nextSibling?.remove();
-  place.append(element("div", {}, element("div", { className: "scroll", tabIndex: 0 }, table), exports));
+  const scroll = element("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: `Numbers of ${title}` }, table);
+  place.append(element("div", {}, scroll, exports));
 }
 
 for (const figure of figures) {
-  const title = $("figcaption", figure.frame).textContent + (figure.spec.condition ? `, ${figure.spec.condition}` : "");
+  const title = titleOf(figure);
   const numbers = element("details", { className: "numbers" }, element("summary", {}, "Numbers"));
   numbers.addEventListener("toggle", () => numbers.open && fillNumbers(figure, numbers));
   const exports = element("div", { className: "exports" });

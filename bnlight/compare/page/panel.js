@@ -44,7 +44,8 @@ function fillPanel(title, ...parts) {
   const close = button("Close", "Close this panel (Escape)", () => panel.close());
   close.className = "close";
   panel.replaceChildren(close, element("h2", { id: "panel-title" }, title), ...parts);
-  if (!panel.open) panel.showModal();
+  if (panel.open) close.focus();
+  else panel.showModal();
   panel.scrollTop = 0;
 }
 
