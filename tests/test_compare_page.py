@@ -83,6 +83,8 @@ def test_nothing_in_the_page_loads_from_outside_and_links_are_relative(sweep):
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page.read_text())[1]
     assert policy.startswith("default-src 'none'")
     assert "unsafe" not in policy.replace("style-src 'unsafe-inline'", "")
+    # What `default-src` does not cover.
+    assert "base-uri 'none'; form-action 'none'" in policy
 
 
 def test_links_lead_to_the_runs_from_wherever_the_page_is_written(sweep, tmp_path):
@@ -178,6 +180,17 @@ def test_histories_are_thinned_to_a_hundred_points_and_keep_their_ends(tmp_path)
         assert values == pytest.approx([1 / (step + 3) for step in steps], rel=1e-4)
 
 
+def test_numbers_at_the_edge_of_the_floats_are_carried(tmp_path):
+    losses = (5e-324, 1.23456789e-310, 0.0, -1.0, float("nan"), float("inf"), 1.23456789e308)
+    rows = [
+        {"attempt": 1, "step": s, "epoch": 0, "time": 0, "val/loss": loss} for s, loss in enumerate(losses)
+    ]
+    write_metrics(write_job(tmp_path), rows)
+    history = carried(compare(tmp_path))["history"]["val/loss"]
+    assert history["values"] == [[5e-324, 1.2346e-310, 0.0, -1.0, 1.2346e308]]
+    assert history["grids"] == [[0, 1, 2, 3, 6]]
+
+
 def test_a_sweep_over_batch_sizes_and_learning_rates_has_lines_and_maps_and_tells_divergence(tmp_path):
     for batch_size in (4, 32):
         for lr in (0.01, 0.1, 1.0):
@@ -249,6 +262,29 @@ def test_the_command_of_the_page_asks_what_was_asked_without_the_filters_it_had(
     page = carried(compare(sweep, metric="test/loss", where=["norm!=tanh"]))
     assert page["command"] == f"bnlight compare {sweep} --metric test/loss"
     assert page["where"] == ["norm!=tanh"]
+
+
+def test_the_bars_over_ranks_say_what_they_mean(tmp_path):
+    for norm, accuracies in {
+        "batch": [0.9, 0.8, 0.9],
+        "group": [0.8, 0.9, 0.8],
+        "layer": [0.7, 0.85, 0.95],
+    }.items():
+        scored(tmp_path / "close", norm, accuracies)
+    for norm, accuracy in {"batch": 0.9, "group": 0.8, "layer": 0.7}.items():
+        scored(
+            tmp_path / "apart", norm, [accuracy, accuracy - 0.01, accuracy + 0.01, accuracy, accuracy - 0.02]
+        )
+    close, apart = compare(tmp_path / "close"), compare(tmp_path / "apart")
+    assert close.evidence.ranking.p > 0.05 > apart.evidence.ranking.p
+    assert "under one bar are not told apart" in close.page.read_text()
+    assert "under one bar differ by less than the critical difference" in apart.page.read_text()
+
+
+def test_no_two_figures_have_one_name(sweep):
+    labels = re.findall(r'class="chart" role="img" aria-label="([^"]*)"', compare(sweep).page.read_text())
+    assert len(set(labels)) == len(labels) > 10
+    assert all(label.count("batch size = ") <= 1 for label in labels)
 
 
 def test_another_sweep_stands_on_the_page_when_it_was_compared_with(tmp_path):

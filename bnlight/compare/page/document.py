@@ -37,7 +37,10 @@ def render(comparison: Comparison) -> str:
     scripts = [*([get_plotlyjs()] if pictures.specs else []), script()]
     # Only these very scripts may run: a name that slipped through escaping still could not.
     sources = " ".join(_digest(source) for source in scripts)
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; script-src {sources}"
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"script-src {sources}"
+    )
     return "\n".join([
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',

@@ -14,11 +14,6 @@ def text(value: Any) -> str:
     return html.escape(str(value)).replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
-def href(path: str) -> str:
-    """The attribute's value for a relative path."""
-    return html.escape(link(path))
-
-
 def link(path: str) -> str:
     """A relative address, in which a `:` or `#` of a name stays part of the name."""
     return quote(path) if path.startswith("../") else "./" + quote(path)
@@ -32,7 +27,9 @@ def items(entries: Iterable[str]) -> str:
 def attributes(values: dict[str, Any]) -> str:
     """` name="value"` for each value but None and False; True is the name alone."""
     given = ((name, value) for name, value in values.items() if value is not None and value is not False)
-    return "".join(f" {name}" if value is True else f' {name}="{text(value)}"' for name, value in given)
+    return "".join(
+        f" {name}" if value is True else f' {name}="{html.escape(str(value))}"' for name, value in given
+    )
 
 
 def cell(content: str, *classes: str, **more: Any) -> str:

@@ -48,11 +48,9 @@ class Pictures:
     def _frame(self, figure: Figure) -> str:
         number = len(self.specs)
         self.specs.append(figure.spec)
-        place = figure.options.get("condition", "")
-        label = text(f"{figure.title}{f', {place}' if place else ''}")
         return (
             f'<figure{" class=wide" if figure.wide else ""} data-figure="{number}"><figcaption>{text(figure.title)}'
-            f'</figcaption><div class="chart" role="img" aria-label="{label}"></div></figure>'
+            f'</figcaption><div class="chart" role="img" aria-label="{text(figure.label)}"></div></figure>'
         )
 
 
