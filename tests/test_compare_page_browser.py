@@ -106,7 +106,7 @@ def test_the_script_agrees_with_python_on_the_table_of_all_runs(tab):
 
 
 def averaged(root):
-    """Two momenta in each mean, three seeds, and one run without the metric, whose name has a sign and a space."""
+    """Two momenta in each mean, three seeds, one run without the metric, whose name has a sign and a space."""
     for norm in ("batch", "group"):
         for momentum in (0.8, 0.9):
             for seed in range(3):
@@ -114,6 +114,10 @@ def averaged(root):
                 result = {"test/error %": 9 + 20 * momentum + seed**2} if known else {"test/loss": 0.1}
                 settings = {"optimizer.momentum": momentum}
                 write_job(root, norm=norm, seed=seed, settings=settings, result=result)
+    for seed in (3, 4):  # of a run that diverged before the target the median of the steps must know
+        write_job(
+            root, norm="batch", seed=seed, state="diverged", epochs=1, settings={"optimizer.momentum": 0.9}
+        )
     return compare(root, metric="test/error %", by="norm", tune=[])
 
 

@@ -103,10 +103,12 @@ def _stability(comparison: Comparison) -> str:
         numbers += [values[index] for values in gaps.values()]
         numbers += [_largest(entry), _median(entry.steps), _median(entry.seconds)]
         rows.append(_row([entry.condition or "-", entry.contender], [*map(_plain, numbers)]))
+    norms = "the norm gap, how far the norms' outputs in evaluation are from those in training; "
     note = (
         "Over all runs of a contender, at every setting tried; roughness is how much a training curve jumps. Over "
-        "those at the chosen setting: the gap, how much better a run is on its training data than on the data it is "
-        f"judged by, and when the median run reaches the target, a validation accuracy of {comparison.target:g}."
+        "those at the chosen setting: the train-eval gap, how much better a run is on its training data than on the "
+        f"data it is judged by; {norms if 'norm gap' in gaps else ''}when the median run reaches the target, a "
+        f"validation accuracy of {comparison.target:g}."
     )
     table = grid("stability", "Stability", heads, rows)
     return f'<h2>Stability</h2>\n<p class="soft">{text(note)}</p>\n{table}\n'

@@ -225,7 +225,7 @@ draw.line = ({ x: key, where }) => {
 draw.divergence = ({ x: key }) => {
   const points = lines(allCells, key).map(({ look: seen, at }) => ({
     look: seen, at: new Map([...at].map(([x, group]) => {
-      const which = group.flatMap(keptRuns).filter(run => isDone(run) || isDiverged(run));
+      const which = group.flatMap(endedRuns);
       return [x, { y: which.filter(run => !isDone(run)).length / which.length * 100, n: which.length, which }];
     }).filter(([, { n }]) => n)),
   }));

@@ -13,10 +13,11 @@ const entries = {
     return [interval(found), found.mean, found.half];
   },
   time: (which, of) => { const { mean } = estimate(valuesOf(which, of)); return [milliseconds(mean), mean]; },
-  steps: (which, of) => {
-    if (!which.length) return ["-"];
-    const values = which.map(run => runs.columns[of][run] ?? Infinity), middle = median(values);
-    const reached = `(${values.filter(Number.isFinite).length}/${which.length})`;
+  steps: (_, of, cell) => {
+    const ended = endedRuns(cell);
+    if (!ended.length) return ["-"];
+    const values = ended.map(run => runs.columns[of][run] ?? Infinity), middle = median(values);
+    const reached = `(${values.filter(Number.isFinite).length}/${ended.length})`;
     return [`${Number.isFinite(middle) ? short(middle) : "-"} ${reached}`, middle];
   },
   boot: () => ["all runs only"],
@@ -46,7 +47,7 @@ function fillTable() {
     heads.forEach(({ dataset: { kind, of } }, at) => {
       const entry = row.cells[at];
       if (kind === "setting") return;
-      const [text, value, half] = kind === "lost" ? [lost(cell)] : entries[kind](which, of);
+      const [text, value, half] = kind === "lost" ? [lost(cell)] : entries[kind](which, of, cell);
       entry.replaceChildren(text, ...$$(".star", entry));
       for (const [name, exact] of Object.entries({ value, half })) {
         delete entry.dataset[name];

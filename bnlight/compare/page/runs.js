@@ -20,6 +20,7 @@ const keptRuns = cell => runsOf[cell].filter(run => kept[run]);
 const isDone = run => runs.state[run] === "done";
 const isDiverged = run => runs.state[run] === "diverged";
 const doneRuns = cell => keptRuns(cell).filter(isDone);
+const endedRuns = cell => keptRuns(cell).filter(run => isDone(run) || isDiverged(run));
 const valueOf = (run, name) => runs.columns[name]?.[run] ?? NaN;
 const sum = values => values.reduce((total, value) => total + value, 0);
 
