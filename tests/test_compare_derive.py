@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compare_builder import write_job, write_json, write_metrics, write_sweep
 
@@ -138,12 +138,14 @@ def test_all_processes_of_a_job_count_in_its_throughput_and_memory_is_in_bytes(t
     assert run["peak_memory"] == 123_456_789
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 10), st.floats(0.5, 1.0), st.integers(4, 40))
 def test_an_exponential_decay_is_not_rough_whatever_its_scale_and_rate(scale, rate, n):
     losses = scale * rate ** np.arange(n)
     assert roughness(log_of(losses))["a"] == pytest.approx(0, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 10), min_size=4, max_size=20), st.floats(0.01, 100))
 def test_roughness_does_not_depend_on_the_scale_of_the_loss(losses, scale):
     base, scaled = (roughness(log_of(np.array(losses) * factor))["a"] for factor in (1.0, scale))

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import friedmanchisquare
 from test_compare_builder import scored, write_job, write_json, write_metrics, write_result, write_sweep
@@ -47,6 +47,7 @@ def test_the_critical_difference_has_the_published_critical_values(k, q):
     assert critical / math.sqrt(k * (k + 1) / (6 * 20)) == pytest.approx(q, abs=1e-3)
 
 
+@settings(deadline=None)
 @given(st.integers(3, 8), st.integers(2, 40), st.integers(0, 2**32 - 1), st.floats(0, 3))
 def test_groups_are_maximal_and_hold_every_pair_that_is_not_separated(k, n, seed, spread):
     values = np.random.default_rng(seed).normal(size=(n, k)) + spread * np.arange(k)
@@ -184,6 +185,7 @@ def test_the_norms_own_gap_is_on_the_page_where_it_was_measured(tmp_path):
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(points)
 def test_a_point_is_on_the_front_if_and_only_if_no_other_dominates_it(drawn):
     loss, cost = (np.array(column, dtype=float) for column in zip(*drawn, strict=True))

@@ -51,6 +51,7 @@ def test_the_effect_is_hedges_g_of_the_differences():
     assert pair.effect == pytest.approx(correction * 3 / math.sqrt(2.5), rel=1e-12)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
 def test_the_permutation_p_is_that_of_every_sign_flip(differences):
     sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
@@ -62,7 +63,7 @@ def test_the_permutation_p_is_that_of_every_sign_flip(differences):
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_is_statsmodels_holm_and_a_missing_p_is_no_test(values):
     expected = multipletests(values, method="holm")[1]
@@ -71,6 +72,7 @@ def test_holm_is_statsmodels_holm_and_a_missing_p_is_no_test(values):
     assert (holm(values) >= values).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.floats(-1, 1, width=32), min_size=0, max_size=6), min_size=1, max_size=6))
 def test_a_pair_is_told_apart_by_its_corrected_p_or_asks_for_more_seeds(samples):
     for pair in corrected([paired("", "a", "b", np.array(sample)) for sample in samples]):

@@ -135,6 +135,7 @@ def test_a_copied_job_is_counted_once(tmp_path):
     shutil.copytree(job, tmp_path / "a copy")
     read = read_runs(tmp_path)
     assert read.runs["state"].to_dict()["a copy"] == "duplicate"
+    assert "not done" not in str(compare(tmp_path))
     assert read.notes == [f"a copy: the same run as {job.name}, counted once"]
     assert compare(tmp_path).cells[0].metric.n == 2
 

@@ -357,6 +357,13 @@ def test_without_a_test_accuracy_the_runs_are_ranked_by_what_they_have(tmp_path)
     assert [cell.contender for cell in comparison.cells] == ["renorm", "batch"]
 
 
+def test_a_score_of_the_test_goes_before_a_validation_accuracy_and_a_loss_of_the_test_after_it(tmp_path):
+    for name, result in (("score", {"test/f1": 0.5, "test/loss": 1.0}), ("loss", {"test/loss": 1.0})):
+        write_job(tmp_path / name, result=result)
+    assert compare(tmp_path / "score").metric == "test/f1"
+    assert compare(tmp_path / "loss").metric == "best_val/accuracy"
+
+
 def test_an_unknown_metric_is_an_error_that_lists_the_known_ones(tmp_path):
     write_job(tmp_path)
     with pytest.raises(ValueError, match=r"test/f1.*there are: .*test/accuracy"):

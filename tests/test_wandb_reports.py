@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,6 +180,17 @@ def test_what_cannot_be_pushed_is_said_at_once(
     assert "127.0.0.1:9 cannot be reached" in capsys.readouterr().err
     assert main(["wandb", "report", str(project / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_without_a_page_there_is_no_report(
+    sweep: Path, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sweep, project / "runs")
+    (project / "runs" / "comparison.html").unlink(missing_ok=True)
+    (project / "runs" / "comparison.html").mkdir()
+    assert main(["wandb", "report", "runs"]) == 2
+    assert "a report needs its page, which was not written (Is a directory: runs)" in capsys.readouterr().err
+    assert not (project / "runs" / "wandb_report.json").exists()
 
 
 def test_it_needs_its_library_and_no_torch(sweep: Path, project: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from bnlight.compare.axes import sortable
-from bnlight.compare.derive import Monitor, quantity
+from bnlight.compare.derive import Monitor
 
 _PREFERRED = ("test/accuracy", "best_val/accuracy", "test/loss", "best_val/loss")
 _TEST = re.compile(r"(best_)?test([/_.]|$)")
@@ -178,10 +178,7 @@ def pick_metric(runs: pd.DataFrame, monitor: Monitor) -> str:
 
 def validation_metric(metric: str, runs: pd.DataFrame, monitor: Monitor) -> str | None:
     """What a tuned setting is chosen by: the validation side of `metric`, never a test result."""
-    sides = [f"best_val/{metric.rpartition('/')[2]}"]
-    if monitor.own:
-        same = quantity(metric) == quantity(monitor.metric)
-        sides.insert(0 if same else 1, f"best_{monitor.metric}")
-    names = (*sides, "best_val/accuracy", "best_val/loss")
+    own = [f"best_{monitor.metric}"] if monitor.own else []
+    names = (f"best_val/{metric.rpartition('/')[2]}", *own, "best_val/accuracy", "best_val/loss")
     fit = (name for name in names if name in runs and not _TEST.match(name))
     return next((name for name in fit if runs[name].notna().any()), None)

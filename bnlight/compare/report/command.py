@@ -46,6 +46,10 @@ def main(arguments: Sequence[str]) -> int:
         if options.push and (reason := _cannot_push()):
             raise ValueError(f"nothing was pushed: {reason}")
         comparison = compare(*options.sources)
+        if comparison.unwritten:
+            raise OSError(
+                f"a report needs its page, which was not written ({comparison.unwritten}): copy the jobs to where you may"
+            )
         project = (
             options.project or os.environ.get("WANDB_PROJECT") or _of_runs(comparison, "project", "bnlight")
         )
