@@ -141,6 +141,15 @@ def test_a_setting_that_diverged_takes_no_seeds_from_the_choice_between_the_othe
     assert any("among the settings with the fewest diverged runs" in text for text in comparison.caveats)
 
 
+def test_only_numbers_have_an_edge_to_try_beyond(tmp_path):
+    for scheduler in ("cosine", "none"):
+        for norm in ("batch", "group"):
+            scored(tmp_path, norm, [0.8, 0.81], choices={"scheduler": scheduler})
+    comparison = compare(tmp_path)
+    assert comparison.axes.tuned == ["scheduler"]
+    assert not any("edge of those tried" in text for text in comparison.caveats)
+
+
 def test_what_chose_a_setting_and_is_reported_too_is_said_to_flatter(tmp_path):
     grid(tmp_path)
     flatter = "What a setting was chosen by is what is reported of it too"
@@ -232,6 +241,7 @@ def test_what_is_not_grouped_by_is_averaged_within_each_seed(tmp_path):
     pair, test = comparison.evidence.pairs[0], stats.ttest_rel(best["renorm"], best["batch"])
     assert (pair.n, pair.p) == (5, pytest.approx(test.pvalue))
     assert "batch size varies too (4, 32) and is averaged over within each seed." in comparison.caveats
+    assert not any("ran more than once" in caveat for caveat in comparison.caveats)
 
 
 def test_short_names_give_conditions_in_the_order_asked_for(tmp_path):

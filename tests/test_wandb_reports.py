@@ -185,8 +185,7 @@ def test_what_cannot_be_pushed_is_said_at_once(
 def test_without_a_page_there_is_no_report(
     sweep: Path, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(sweep, project / "runs")
-    (project / "runs" / "comparison.html").unlink(missing_ok=True)
+    shutil.copytree(sweep, project / "runs", ignore=shutil.ignore_patterns("*.html", "wandb_*.json"))
     (project / "runs" / "comparison.html").mkdir()
     assert main(["wandb", "report", "runs"]) == 2
     assert "a report needs its page, which was not written (Is a directory: runs)" in capsys.readouterr().err

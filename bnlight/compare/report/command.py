@@ -48,7 +48,8 @@ def main(arguments: Sequence[str]) -> int:
         comparison = compare(*options.sources)
         if comparison.unwritten:
             raise OSError(
-                f"a report needs its page, which was not written ({comparison.unwritten}): copy the jobs to where you may"
+                f"a report needs its page, which was not written ({comparison.unwritten}): copy the jobs to a folder "
+                "that can be written"
             )
         project = (
             options.project or os.environ.get("WANDB_PROJECT") or _of_runs(comparison, "project", "bnlight")
