@@ -94,6 +94,27 @@ def test_another_question_is_another_study_and_force_begins_anew(
     assert len(rates(ours)) == 10
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("optimizer.lr=interval(1,0)", "no trial can be chosen: The `low` value must be"),
+        ("hydra.sweeper.n_trials=0", "n_trials=0: a search has at least 1 trial"),
+        ("hydra.sweeper.direction=up", "direction=up: expected maximize, minimize or null"),
+        ("hydra.sweeper.storage=study.db", "storage=study.db is not to be opened: Could not parse"),
+        ("hydra/sweeper/sampler=tpee", "Could not find 'hydra/sweeper/sampler/tpee'"),
+    ],
+)
+def test_a_search_that_cannot_begin_says_why(
+    ours: Path, capsys: pytest.CaptureFixture[str], argument: str, said: str
+) -> None:
+    assert main(["sweep", "ours", argument]) == 2
+    output = capsys.readouterr().err
+    assert said in output
+    assert "pip install" not in output
+    assert not rates(ours)
+
+
 def test_less_is_better_where_the_jobs_say_so(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = ["monitor.metric=val/loss", "monitor.mode=min"]
     assert main(["sweep", "ours", *monitor, "hydra.sweeper.n_trials=3"]) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
+import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -23,6 +24,7 @@ from bnlight.lightning.build import any_target
 from bnlight.run import identity, searchpath
 from bnlight.run.job import CommandError, run_job
 from bnlight.run.launch import launchers
+from bnlight.run.launch.search import installed
 
 # Hydra 1.3 warns without a version base, 1.4 with one.
 VERSION_BASE: Any = {} if any_target() else {"version_base": "1.3"}
@@ -54,7 +56,7 @@ def run_hydra(
         )
         with _hydra_raises(), _argv(["bnlight", *arguments]):
             application()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise CommandError(_explain(error, overrides, primary)) from error
 
 
@@ -168,6 +170,10 @@ def _refuse_new_top_level_keys(overrides: list[Override], primary: Primary) -> N
         return
     known = {str(key) for key in Primary("train", None).compose([])}
     config = primary.compose([], return_hydra_config=True)
+    if "norm" not in config:
+        raise CommandError(
+            f"{primary.name}.yaml does not extend train, so there is no job: begin it with 'defaults: [train, _self_]'"
+        )
     for key in {str(key) for key in config} - known - {"hydra"}:
         raise CommandError(
             f"{primary.name}.yaml has a key '{key}' that nothing reads.\n{list_choices(key, known)}"
@@ -187,7 +193,7 @@ def _refuse_new_top_level_keys(overrides: list[Override], primary: Primary) -> N
 
 def _explain(error: Exception, overrides: list[Override], primary: Primary) -> str:
     """Hydra's error, or for a key that does not exist the keys that do."""
-    if "hydra/sweeper/optuna" in str(error):
+    if "hydra/sweeper/optuna" in str(error) and not installed():
         return "a search needs Hydra's Optuna sweeper: pip install 'bnlight[optuna]'"
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None and str(part))
     missing = re.search(r"Missing mandatory value.*?full_key: (\S+)", text, re.DOTALL)

@@ -81,6 +81,7 @@ class Search(Sweeper):
         """Stands between the sweeper and its launcher: the trials are chosen, here they are run and judged."""
         self.turn.give()
         returns: Sequence[JobReturn] = self.runner.launch(overrides, initial_job_idx)
+        self.have_run = True
         for trial, returned in zip(self.trials, returns, strict=True):
             value = returned.return_value if returned.status == JobStatus.COMPLETED else None
             if isinstance(value, float) and math.isnan(value):
@@ -105,6 +106,12 @@ class Search(Sweeper):
         mode = self.base.monitor.mode
         self.direction = self.stock.direction or DIRECTIONS.get(mode, "maximize")
         self.direction = getattr(self.direction, "name", self.direction)
+        if self.direction not in DIRECTIONS.values():
+            raise CommandError(
+                f"hydra.sweeper.direction={self.direction}: expected maximize, minimize or null"
+            )
+        if self.stock.n_trials < 1:
+            raise CommandError(f"hydra.sweeper.n_trials={self.stock.n_trials}: a search has at least 1 trial")
         asked = [identity(self.base, complete=False), *space, str(self.base.monitor.metric), self.direction]
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
         self.name = self.stock.study_name or f"{self.folder.name}-{digest}"
@@ -114,8 +121,17 @@ class Search(Sweeper):
     def _open(self) -> None:
         """Open the study, or begin it; `--force` begins it anew, once per command."""
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
 
-        storage = optuna.storages.get_storage(self.stock.storage)
+        try:
+            storage = optuna.storages.get_storage(self.stock.storage)
+        except (
+            SQLAlchemyError,
+            ImportError,
+        ) as error:  # no such address, no driver for it, or nobody answers
+            raise CommandError(
+                f"hydra.sweeper.storage={self.stock.storage} is not to be opened: {error}"
+            ) from error
         since = float(os.environ.get(SINCE, "inf"))
         how: dict[str, Any] = {"study_name": self.name, "storage": storage, "load_if_exists": True}
         study = optuna.create_study(**how, directions=[self.direction])
@@ -189,11 +205,13 @@ class Search(Sweeper):
         self.trials.append(trial)
 
     def _batch(self, arguments: list[str]) -> None:
-        sampler = self.stock.sampler
+        sampler, self.have_run = self.stock.sampler, False
         try:
             self.stock.sweep(list(arguments))
-        except ValueError:
-            if self._values():
+        except ValueError as error:
+            if not self.trials:
+                raise CommandError(f"no trial can be chosen: {error}") from error
+            if not self.have_run or self._values():
                 raise  # else no trial has finished yet, so the sweeper finds no best one
         finally:
             self.stock.sampler = sampler
