@@ -71,7 +71,7 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train one job, or several with -m (Hydra's command line)")
     commands.add_parser("sweep", help="run a sweep file, then compare its jobs")
     commands.add_parser(
-        "bench", help="measure the layers against torch's (bench norm), or folding (bench fold)"
+        "bench", help="measure the layers against torch's (bench norm), folding (fold), a job's cost (sweep)"
     )
     commands.add_parser("test", help="test finished jobs on other or shifted data (test --help)")
     commands.add_parser("adapt", help="test them with statistics adapted to those data too (adapt --help)")
@@ -130,7 +130,7 @@ def train(arguments: list[str], config_name: str = "train", folder: Path | None 
             print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
             raise
         when = "there is room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "it may write there"
         what = "job" if sweep.current is None else "sweep"
@@ -175,13 +175,13 @@ def doctor(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """`bnlight bench norm|fold [options]`: how fast the layers, or folded networks, are here, beside torch's."""
+    """`bnlight bench norm|fold|sweep [options]`: what layers, folded networks, or further jobs cost here."""
     if arguments[:1] not in (["norm"], ["fold"], ["sweep"]):
         print(
             "usage: bnlight bench norm [options]    the layers against torch's\n"
             "       bnlight bench fold [options]    inference with norms folded into layers\n"
             "       bnlight bench sweep [options]   what a further job costs, and 10 to 1000 jobs\n\n"
-            "--help behind either lists its options",
+            "--help behind each lists its options",
             file=sys.stderr,
         )
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2

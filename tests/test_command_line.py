@@ -47,6 +47,15 @@ def test_importing_bnlight_loads_nothing_heavy() -> None:
         (["~norm"], ["the config has no norm; a job needs norm, model"]),
         (["-m", "norm=batch,grup"], ["Could not find 'norm/grup'"]),
         (["-m", "seed=1,2", "+modle=cnn"], ["Did you mean 'module'?"]),
+        (["seed=1.5"], ["seed=1.5: expected a whole number from 0 to 4294967295, or null"]),
+        (["threads=0"], ["threads=0: expected a whole number from 1"]),
+        (["share_devices=x"], ["share_devices=x: expected a whole number from 1"]),
+        (["optimizer.lr=fast"], ["optimizer.lr=fast: expected a number"]),
+        (["fail_fast=foo"], ["fail_fast=foo: expected true or false"]),
+        (["checkpoint_every=often"], ["checkpoint_every=often is not a duration: write"]),
+        (["monitor.mode=best"], ["monitor.mode=best is unknown; choose one of max, min"]),
+        (["hydra/launcher=parallel"], ["hydra/launcher=parallel is for the jobs of a sweep", "add -m"]),
+        (["-m", "hydra/launcher=parallel", "hydra.launcher.n_jobs=0"], ["n_jobs=0: expected 1, 2, ..."]),
     ],
 )
 def test_what_does_not_exist_is_an_error_that_lists_what_does(
@@ -56,7 +65,36 @@ def test_what_does_not_exist_is_an_error_that_lists_what_does(
     output = capsys.readouterr().err
     for text in said:
         assert text in output
-    assert not list(project.glob("**/status.json"))
+    assert not list(project.glob("outputs/*/*/"))
+
+
+def test_outputs_that_are_a_file_end_a_job_in_one_sentence(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "notes.txt").touch()
+    assert main(["train", "paths.outputs=notes.txt"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Not a directory: 'notes.txt/train/" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("defaults: [train, _self_\nhydra: {mode: MULTIRUN}", ["sweeps/mine.yaml", "expected ',' or ']'"]),
+        ("", ["mine.yaml does not extend train", "begin it with 'defaults: [train, _self_]'"]),
+        ("hydra: {mode: MULTIRUN}", ["mine.yaml does not extend train"]),
+    ],
+)
+def test_a_sweep_file_that_says_no_job_is_an_error_that_names_it(
+    project: Path, capsys: pytest.CaptureFixture[str], text: str, said: list[str]
+) -> None:
+    (project / "sweeps").mkdir()
+    (project / "sweeps" / "mine.yaml").write_text(text)
+    assert main(["sweep", "mine"]) == 2
+    output = capsys.readouterr().err
+    for part in said:
+        assert part in output
+    assert not (project / "outputs").exists()
 
 
 def test_a_key_of_an_argument_may_still_be_added(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

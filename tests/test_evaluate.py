@@ -164,6 +164,7 @@ def test_other_data_of_the_same_shape_are_tested_on(jobs: Path, project: Path) -
         (["outputs/nothing"], "outputs/nothing does not exist"),
         (["outputs"], "holds no finished job"),
         (["JOB", "data.shift.nois=1"], "Did you mean 'noise'?"),
+        (["JOB", "data.shift.noise=-1"], "data.shift.noise=-1: shift.noise must be a number from 0 on"),
         (["JOB", "data.bach_size=1"], "Did you mean 'batch_size'?"),
         (["JOB", "norm=batch"], "would change what was trained"),
         (["JOB", "data.shift.noise=0.1,0.2"], "one value"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bnlight.lightning.stop import seconds
 from bnlight.run import sweep
@@ -28,6 +28,8 @@ NEEDED = (
     "seed",
 )
 RERUN = (None, "failed", "all")
+WHOLE = {"seed": range(2**32), "threads": range(1, 10_000), "share_devices": range(1, 10_000)}  # or null
+NUMBERS = ("optimizer.lr", "optimizer.weight_decay", "trainer.max_epochs")
 STYLES = ("auto", "bar", "plain", "off")  # of progress
 
 
@@ -50,11 +52,28 @@ def check_command(config: DictConfig, hydra: Any) -> None:
         )
     if (config.get("monitor") or {}).get("mode", "max") not in ("max", "min"):
         raise CommandError(f"monitor.mode={config.monitor.mode} is unknown; choose one of max, min")
-    for key in ("time_limit", "stall_limit"):
+    for key, allowed in WHOLE.items():
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value not in allowed):
+            raise CommandError(
+                f"{key}={value}: expected a whole number from {allowed[0]} to {allowed[-1]}, or null"
+            )
+    for key in NUMBERS:
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str):
+            raise CommandError(f"{key}={value}: expected a number")
+    if config.get("fail_fast", False) not in (True, False):
+        raise CommandError(f"fail_fast={config.fail_fast}: expected true or false")
+    for key in ("time_limit", "stall_limit", "checkpoint_every"):
         try:
             seconds(config.get(key), key)
         except ValueError as error:
             raise CommandError(str(error)) from None
+    launcher = hydra.runtime.choices.get("hydra/launcher")
+    if hydra.mode.name != "MULTIRUN" and launcher not in (None, "basic", "serial"):
+        raise CommandError(
+            f"hydra/launcher={launcher} is for the jobs of a sweep, and this is a single job: add -m"
+        )
     inside = sweep.current is not None and sweep.current.inside_job
     if already_started() and hydra.mode.name == "MULTIRUN" and not inside:
         raise CommandError(

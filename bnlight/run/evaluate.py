@@ -74,7 +74,11 @@ def evaluate(
         if config.get("threads") is not None:
             torch.set_num_threads(config["threads"])
         pl.seed_everything(config["seed"], workers=True, verbose=False)
-        own, data = build_data(was), build_data(config)
+        own = build_data(was)
+        try:
+            data = build_data(config)
+        except (TypeError, ValueError) as error:
+            raise CommandError(f"{' '.join(overrides)}: {error}") from error
         _refuse_other_shapes(own, data)
         saved = read_checkpoint(checkpoint)
         module = restored(build_module(was, own), saved).eval()

@@ -40,13 +40,13 @@ def run_job(config: DictConfig) -> float | None:
     recorded in the job's directory.
     """
     hydra: Any = HydraConfig.get()
-    check_command(config, hydra)
     directory = Path(hydra.runtime.output_dir)
     label = sweep.current.label(hydra.job.num) if sweep.current else ""
-    resolved = resolve(config, hydra)
     try:
-        agree(resolved, Path(hydra.runtime.output_dir).parent)
-    except WrongRanks as error:
+        check_command(config, hydra)
+        resolved = resolve(config, hydra)
+        agree(resolved, directory.parent)
+    except (CommandError, WrongRanks) as error:
         with contextlib.suppress(OSError):
             directory.rmdir()  # Hydra has made it
         raise CommandError(str(error)) from None

@@ -93,7 +93,8 @@ def replacement(config: Config) -> dict[str, Any] | None:
     wanted = config.get("replace_norm") or False
     if wanted is False:
         return None
-    options = {} if wanted is True else dict(wanted)
+    given = {} if wanted is True else wanted
+    options = dict(given) if isinstance(given, Mapping) else {str(given): None}
     unknown = options.keys() - {"include", "exclude", "subclasses"}
     if unknown:
         raise ValueError(

@@ -17,6 +17,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from bnlight.lightning.stop import ASKING
 from bnlight.run import sweep
+from bnlight.run.check import CommandError
 from bnlight.run.launch.launchers import BnlightLauncher, Job, environment, not_done
 from bnlight.run.ranks.devices import visible_devices
 from bnlight.run.ranks.processes import WrongDevices, ended_how, processes_of
@@ -56,8 +57,13 @@ class Parallel(BnlightLauncher):
 
     def _at_a_time(self, count: Callable[[int], int]) -> int:
         """`n_jobs`; null: as many as find a GPU, and without GPUs one per core."""
-        if self.options["n_jobs"] is not None:
-            return count(int(self.options["n_jobs"]))
+        number = self.options["n_jobs"]
+        if number is not None:
+            if not isinstance(number, int) or number == 0:
+                raise CommandError(
+                    f"hydra.launcher.n_jobs={number}: expected 1, 2, ..., -1 for one per core, or null"
+                )
+            return count(number)
         trainer, share = self.config.trainer, self.config.get("share_devices", 1) or 1
         gpus = len(visible_devices(str(trainer.get("accelerator", "auto"))))
         with contextlib.suppress(WrongDevices):  # each job will say so
