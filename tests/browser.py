@@ -191,6 +191,9 @@ class Tab:
 
     @property
     def problems(self):
+        self.run(
+            "new Promise(done => setTimeout(done))"
+        )  # by then Chromium has told of what has just happened
         console = [
             e for e in self._seen("Runtime.consoleAPICalled") if e["type"] in ("error", "warning", "assert")
         ]

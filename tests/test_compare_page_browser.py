@@ -1,8 +1,10 @@
 """The page in a real browser: all is drawn, nothing is requested, filters are right, a thousand runs are quick."""
 
+import itertools
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from browser import needs_browser
@@ -51,6 +53,8 @@ def test_a_request_and_an_error_would_have_been_seen(browser, tmp_path):
     tab = browser.open(control.as_uri())
     assert "http://127.0.0.1:9/seen.png" in tab.requests
     assert any("seen" in json.dumps(problem) for problem in tab.problems)
+    tab.run("setTimeout(() => Promise.reject(new Error('late')))")
+    assert "late" in json.dumps(tab.problems)
     tab.close()
 
 
@@ -210,6 +214,38 @@ def test_a_learning_curve_over_further_settings_is_a_mean_over_seeds(browser, tm
     tab.close()
 
 
+def test_maps_and_divergence_are_what_pandas_computes(browser, tmp_path):
+    counted = []
+    for norm, batch_size, lr, seed in itertools.product(
+        ("batch", "group"), (4, 32), (0.1, 0.2, 0.3), range(3)
+    ):
+        lost = norm == "batch" and 10 * lr + seed > 4  # at 0.3 two of three
+        settings = {"data.batch_size": batch_size, "optimizer.lr": lr}
+        accuracy = batch_size / 100 + lr + seed**2 / 100
+        write_job(tmp_path, norm=norm, seed=seed, state="diverged" if lost else "done", settings=settings,
+                  result={"test/accuracy": accuracy})  # fmt: skip
+        counted.append((norm, str(batch_size), str(lr), lost, np.nan if lost else accuracy))
+    table = pd.DataFrame(counted, columns=["norm", "batch size", "lr", "lost", "accuracy"])
+    tab = browser.open(compare(tmp_path).page.as_uri())
+    draw_all(tab)
+    charts = "[...document.querySelectorAll('.chart')]"
+    maps = tab.run(f"{charts}.find(({{ data }}) => data[0].type === 'heatmap').data")
+    assert [each["name"] for each in maps] == ["batch", "group"]
+    for drawn in maps:
+        cells = table[table["norm"] == drawn["name"]].groupby(["lr", "batch size"])["accuracy"]
+        means = cells.mean().unstack().loc[drawn["y"], drawn["x"]].to_numpy()
+        assert np.array(drawn["z"]) == pytest.approx(means)
+        counts = cells.count().unstack().loc[drawn["y"], drawn["x"]].to_numpy()
+        assert drawn["hovertext"] == [[f"n = {n}" for n in line] for line in counts]
+    rates = tab.run(f"{charts}.find(({{ layout }}) => layout.yaxis.title.text === 'diverged runs, %').data")
+    for drawn in rates:
+        shares = table[table["norm"] == drawn["name"]].groupby("lr")["lost"].mean() * 100
+        assert drawn["y"] == pytest.approx(shares.loc[drawn["text"]].tolist())
+    assert sorted(each["name"] for each in rates) == ["batch", "group"]
+    assert tab.problems == []
+    tab.close()
+
+
 def test_where_settings_share_a_point_survivors_of_divergence_do_not_stand_for_it(browser, tmp_path):
     for lr in (0.1, 0.2):
         for momentum, accuracy in ((0.8, 0.80), (0.9, 0.85)):
@@ -229,6 +265,9 @@ def test_where_settings_share_a_point_survivors_of_divergence_do_not_stand_for_i
         return charts.find(chart => titles(chart) === "test accuracy against lr").data.map(({ text, y }) => [text, y]);
     })()""")
     assert line == [[["0.1", "0.2"], [0.85, 0.80]]]
+    tick(tab, "lr", "0.2")  # which nobody's best setting has
+    seen = {(row["optimizer.lr"]["text"], row["optimizer.momentum"]["text"]) for row in rows(tab)}
+    assert seen == {("0.2", "0.8"), ("0.2", "0.9")}
     tab.close()
 
 

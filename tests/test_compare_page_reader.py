@@ -87,6 +87,9 @@ def test_a_figure_that_a_filter_has_emptied_comes_back_with_its_links(browser, t
     tick(tab, "seed", "2")
     tab.run("document.querySelector('figure').scrollIntoView({ behavior: 'instant' })")
     tab.until("document.querySelector('figure').classList.contains('empty')")
+    assert tab.run("document.querySelector('.chart').textContent").startswith(
+        "Filter and legend leave nothing"
+    )
     assert not tab.run("document.querySelector('figure .tools').checkVisibility()")
     tab.click("#filtered button")
     draw_all(tab)

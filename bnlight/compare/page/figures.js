@@ -64,14 +64,14 @@ draw.curves = ({ metric, condition }, { band }) => {
   for (const cell of cells) {
     const curve = meanCurve(doneRuns(cell), metric);
     if (!curve) continue;
-    const { name, colour, dash, symbol } = look(data.cells[cell].contender);
+    const { label, name, colour, dash, symbol } = look(data.cells[cell].contender);
     const common = { type: "scatter", name, line: { color: colour, width: 2, dash } };
     const ends = curve.at.map(({ mean, half, n }, index) => {
       const values = curve.rows.map(row => row[index]);
       return band === "range" ? [Math.min(...values), Math.max(...values)] : n > 1 ? [mean - half, mean + half] : null;
     });
     curve.steps.forEach((step, index) => rows.push([
-      data.contenders[data.cells[cell].contender].name, step, curve.at[index].mean, ...(ends[index] ?? [null, null])]));
+      label, step, curve.at[index].mean, ...(ends[index] ?? [null, null])]));
     if (band === "seeds") for (const { run, x, y } of curve.curves) lines.push({
       ...common, x, y, mode: "lines", opacity: 0.45, line: { ...common.line, width: 1.2 },
       customdata: x.map(() => String(run)),
@@ -108,7 +108,7 @@ draw.dots = ({ metric, condition }) => {
   for (const cell of chosenCells(condition)) {
     const done = doneRuns(cell).filter(run => Number.isFinite(valueOf(run, metric)));
     if (!done.length) continue;
-    const { name, colour, symbol } = look(data.cells[cell].contender), row = names.push(name) - 1;
+    const seen = look(data.cells[cell].contender), { name, colour, symbol } = seen, row = names.push(name) - 1;
     const value = estimate(valuesOf(done, metric).map(each => each * scale));
     const base = { type: "scatter", mode: "markers", name };
     traces.push({
@@ -119,7 +119,7 @@ draw.dots = ({ metric, condition }) => {
       ...base, x: [value.mean], y: [row], marker: { color: colour, size: 11, symbol }, customdata: [done.join()],
       error_x: errorBars([value.half], colour), hovertemplate: `${name}: mean %{x:.4g} (n = ${value.n})<extra></extra>`,
     });
-    rows.push([data.contenders[data.cells[cell].contender].name, value.n, value.mean, value.half]);
+    rows.push([seen.label, value.n, value.mean, value.half]);
   }
   if (!rows.length) return null;
   const y = axisLayout("", {

@@ -88,6 +88,9 @@ function where() {
 function filterChanged() {
   applyFilter();
   fillTable();
+  // Who asks for one tuned setting asks for those that were not chosen too.
+  const tuned = data.filters.some(({ key }, at) => ticked[at].size && axisOf[key]?.role === "tuned"), tried = $("#tried");
+  if (tuned && tried) tried.checked = true;
   for (const row of $$("#runs tbody tr")) row.hidden = !kept[row.dataset.run];
   tellFilter();
   redraw();

@@ -51,7 +51,7 @@ function drawFigure(figure) {
   figure.frame.classList.toggle("empty", !made);
   if (!made) {
     if (chart.data) Plotly.purge(chart);
-    chart.textContent = "No done run under this filter.";
+    chart.textContent = "Filter and legend leave nothing to draw here.";
     return;
   }
   const first = !chart.data;

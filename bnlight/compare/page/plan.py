@@ -102,7 +102,7 @@ def _maps(comparison: Comparison) -> Section:
             continue
         title = f"Mean {words} over {axes.label(x)} and {axes.label(y)}"
         figures.append(Figure("heat", title, {"x": x, "y": y}, wide=True))
-    note = "One map per contender, all on one scale; each field is the mean over its done runs."
+    note = "One map per contender, all on one scale; each field is the mean over its done seeds, an empty one has none."
     if len(axes.keys) - len(axes.contenders) > 2:
         note += " Fields average over the settings that are not drawn: the filters pin those."
     return Section("Two settings at once", note, [("", figures[:_MAPS])])
@@ -136,7 +136,7 @@ def _results(comparison: Comparison) -> Section:
         (c, [Figure("dots", _dots_title(name), {"metric": name, "condition": c}) for name in names])
         for c in _conditions(comparison)
     ]
-    note = "Large points are means, bars their 95 % intervals, the faint points below them the single seeds."
+    note = "Large points are means, bars their 95 % intervals, the faint points below them the single runs."
     return Section("Every seed", note, groups, _opened(groups))
 
 

@@ -37,13 +37,15 @@ draw.heat = ({ x, y }, { width }) => {
   Object.assign(layout, { annotations: [], margin: { l: 62, r: 8, t: 84, b: 44 } });
   maps.forEach(({ contender, fields }, index) => {
     const suffix = index ? String(index + 1) : "", { name } = look(contender), domain = domains[index];
-    const z = fields.map(line => line.map(which => which.length ? estimate(valuesOf(which, data.metric)).mean : null));
+    const means = fields.map(line => line.map(which => estimate(valuesOf(which, data.metric))));
+    const z = means.map(line => line.map(({ n, mean }) => n ? mean : null));
     const labels = z.map(line => line.map(value => value === null ? "" : value.toPrecision(3)));
     traces.push({
       type: "heatmap", name, x: columns, y: lines, z, coloraxis: "coloraxis", xaxis: `x${suffix}`, yaxis: `y${suffix}`,
       customdata: fields.map(line => line.map(which => which.join())), xgap: 2, ygap: 2,
       ...(columns.length <= 6 && lines.length <= 12 ? { text: labels, texttemplate: "%{text}" } : {}),
-      hovertemplate: `${name}<br>${names[0]} %{x}, ${names[1]} %{y}: %{z:.4g}<extra></extra>`,
+      hovertext: means.map(line => line.map(({ n }) => `n = ${n}`)),
+      hovertemplate: `${name}<br>${names[0]} %{x}, ${names[1]} %{y}: %{z:.4g} (%{hovertext})<extra></extra>`,
     });
     const axis = { type: "category", showgrid: false, showline: false };
     layout[`xaxis${suffix}`] = axisLayout("", { ...axis, domain: domain.x, anchor: `y${suffix}` });
@@ -53,8 +55,8 @@ draw.heat = ({ x, y }, { width }) => {
     if (domain.last) layout.annotations.push({
       ...label, text: names[0], x: middle, y: domain.y[0], xanchor: "center", yanchor: "top", yshift: -24,
     });
-    fields.forEach((line, j) => line.forEach((which, i) => {
-      if (which.length) rows.push([data.contenders[contender].name, columns[i], lines[j], which.length, z[j][i]]);
+    means.forEach((line, j) => line.forEach(({ n, mean }, i) => {
+      if (n) rows.push([look(contender).label, columns[i], lines[j], n, mean]);
     }));
   });
   const bar = { orientation: "h", thickness: 10, len: 0.6, yref: "container", y: 1, yanchor: "top", ypad: 2, outlinewidth: 0 };
