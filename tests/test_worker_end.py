@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,3 +97,27 @@ def test_a_reader_that_goes_away_costs_no_job(project: Path, more: list[str]) ->
         "done",
     ]
     assert (project / "outputs" / "train" / "comparison.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "environment"),
+    [
+        ("<&- >&- 2>&-", {}),
+        ("> /dev/full 2>&1", {}),
+        ("> said 2>&1", {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}),
+    ],
+    ids=["closed", "a full disk", "ascii"],
+)
+def test_output_that_cannot_be_written_costs_no_job(
+    project: Path, redirection: str, environment: dict[str, str]
+) -> None:
+    sweep = shlex.join([sys.executable, "-m", "bnlight", "train", "-m", *SMALL, "progress=plain"])
+    done = subprocess.run(f"{sweep} {redirection}", shell=True, env=os.environ | environment, check=False)
+    assert done.returncode == 0
+    (job,) = project.glob("outputs/train/*/status.json")
+    assert read_status(job.parent)["state"] == "done"
+    assert (project / "outputs" / "train" / "comparison.html").exists()
+    if redirection.startswith("> said"):
+        said = (project / "said").read_text()
+        assert "1 job, 1 done" in said
+        assert "could not be made" not in said

@@ -86,7 +86,7 @@ def log_to(path: Path, rank: int = 0) -> Iterator[None]:
 
     What Lightning says of itself goes to the file alone.
     """
-    handler = logging.FileHandler(path, delay=True)
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     level = root.level
