@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -230,6 +231,38 @@ def test_a_silent_owner_on_another_host_is_a_dead_one(tmp_path: Path) -> None:
     with own(job) as last_alive:
         assert last_alive == pytest.approx(old)
         assert owner(job)["pid"] == os.getpid()
+
+
+def test_a_job_that_another_machine_is_about_to_take_is_waited_for_and_not_asked_for_again_and_again(
+    ours: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *JOB, "seed=0,1", "-m", "--dry-run"]) == 0
+    name = capsys.readouterr().out.split()[1].rstrip(":")
+    job = ours / "outputs" / "train" / name
+    job.mkdir()
+    (job / ".claim-1").touch()  # and died before it could say who it was
+    (job / ".lock").touch()
+    assert owner(job)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 5.0)
+    assert main(["train", "-m", *JOB, "seed=0,1"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("is being taken by another machine") == 1
+    assert said.count("Waiting for 1 jobs") == 1
+    assert read_status(job)["state"] == "done"
+
+
+def test_who_cannot_write_into_the_lock_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_write", full)
+        with pytest.raises(OSError, match="No space"), own(tmp_path):
+            pass
+    with own(tmp_path):
+        pass
 
 
 def test_the_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

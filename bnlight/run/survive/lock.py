@@ -44,7 +44,11 @@ def own(directory: Path) -> Iterator[float | None]:
         if before and (before["host"] != socket.gethostname() or not reaches) and _alive(lock, before):
             raise JobBusy(_busy(directory, before))
         turn = _claim(directory, int(before.get("turn", 0)) + 1)
-        _write(lock, {"pid": os.getpid(), "host": socket.gethostname(), "turn": turn})
+        try:
+            _write(lock, {"pid": os.getpid(), "host": socket.gethostname(), "turn": turn})
+        except OSError:  # the disk is full: others need not wait for this turn
+            (directory / f".claim-{turn}").unlink(missing_ok=True)
+            raise
         held.add(lock)
         stop = threading.Event()
         beat = threading.Thread(target=_beat, args=(directory / ".lock", stop), daemon=True)
@@ -65,17 +69,25 @@ def owner(directory: Path) -> dict[str, Any]:
     try:
         with (directory / ".lock").open() as lock:
             found = _read(lock)
-            if found.get("host", socket.gethostname()) != socket.gethostname():
-                return found if _alive(lock, found) else {}
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if _is_held(lock, found):
                 return found or {"pid": None, "host": socket.gethostname()}
-            except OSError:  # a file system without such locks
-                return found if _alive(lock, found) else {}
     except FileNotFoundError:
-        pass
-    return {}
+        return {}
+    turn = found.get("turn", 0)
+    taken = any(_turn_of(claim) > turn and _is_fresh(claim) for claim in directory.glob(".claim-*"))
+    return {"pid": None, "host": "another machine"} if taken else {}
+
+
+def _is_held(lock: IO[str], found: dict[str, Any]) -> bool:
+    if found.get("host", socket.gethostname()) != socket.gethostname():
+        return _alive(lock, found)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without such locks
+        return _alive(lock, found)
+    return False
 
 
 def _lock(lock: IO[str], directory: Path) -> bool:
@@ -112,15 +124,25 @@ def _claim(directory: Path, turn: int) -> int:
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime < STALE_SECONDS:
-                    raise JobBusy(f"{directory} is being taken by another machine at this moment") from None
+            if _is_fresh(path):
+                raise JobBusy(f"{directory} is being taken by another machine at this moment") from None
             turn += 1  # who claimed it died before it said who it was
             continue
         for old in directory.glob(".claim-*"):
-            if int(old.name.rsplit("-", 1)[1]) < turn:
+            if _turn_of(old) < turn:
                 old.unlink(missing_ok=True)
         return turn
+
+
+def _turn_of(claim: Path) -> int:
+    return int(claim.name.rpartition("-")[2])
+
+
+def _is_fresh(claim: Path) -> bool:
+    """Whether who has claimed a turn may still be about to say who it is."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - claim.stat().st_mtime < STALE_SECONDS
+    return False
 
 
 def _busy(directory: Path, found: dict[str, Any]) -> str:
