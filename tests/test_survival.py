@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import subprocess
 from pathlib import Path
@@ -21,6 +22,7 @@ from bnlight.cli import main
 from bnlight.compare.read import read_runs
 from bnlight.lightning import LastCheckpoint
 from bnlight.lightning.stop import seconds
+from bnlight.run import progress
 from bnlight.run.status import read_status
 
 # A network with dropout that sends its process a signal at the start of a training step.
@@ -272,6 +274,18 @@ def test_stock_lightning_resumes_in_the_middle_of_an_epoch_as_another_run(tmp_pa
 )
 def test_durations(text: Any, value: float | None) -> None:
     assert seconds(text) == value
+
+
+def test_a_heartbeat_that_cannot_be_written_is_no_failure(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(progress, "update_status", full)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_BEATS", 0.01)
+    assert main(["train", *SMALL]) == 0
+    assert "Exception in thread" not in capfd.readouterr().err
 
 
 def test_a_full_disk_fails_the_job_and_leaves_no_half_files(

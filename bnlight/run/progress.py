@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -90,7 +91,7 @@ class Heartbeat(_Ends):
             self._write(**self._where)
 
     def _write(self, **fields: Any) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # a full disk: it is for display alone
             update_status(self.directory, heartbeat=this_process()["heartbeat"], **fields)
 
 
