@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +16,7 @@ from conftest import SMALL
 
 from bnlight.cli import main
 from bnlight.run.status import read_status
+from bnlight.run.survive.command import of_this_command, this_command
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -71,6 +75,43 @@ def test_a_forced_sweep_runs_each_job_once_though_workers_die(
     (project / "kill-1").unlink()
     assert main([*SWEEP, "--retry-failed"]) == 0
     assert trained(project) == {"0": 2, "1": 3, "2": 2, "3": 2}
+
+
+def test_a_job_that_is_killed_while_it_is_being_wiped_begins_anew(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "mine.py").write_text(MINE)
+    job = [*SWEEP[2:-4], "seed=0", *SWEEP[-3:]]
+    assert main(["train", *job]) == 0
+    (status,) = project.glob("outputs/train/*/status.json")
+    before = read_status(status.parent)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        assert main(["train", *job, "--force"]) == 130
+    assert main(["train", *job]) == 0  # the command that the stopped one has named
+    assert trained(project) == {"0": 2}
+    after = read_status(status.parent)
+    assert after["state"] == "done"
+    assert after["wandb_id"] != before["wandb_id"]
+    assert (
+        after["attempt"] == before["attempt"] + 1
+    )  # so whoever reads metrics.csv passes over what was there
+
+
+def test_the_clock_does_not_decide_what_a_command_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BNLIGHT_SINCE", repr(time.time()))
+    hour = 3600.0
+    mine = {"command": this_command(), "started": time.time() - hour}  # it was set back in between
+    assert of_this_command(mine)
+    assert of_this_command({"command": "another", "started": time.time()})  # in another terminal
+    assert not of_this_command({"command": "earlier", "started": time.time() - hour})
+    assert not of_this_command(
+        {"command": "earlier", "started": time.time() + hour}
+    )  # it has been set back since
 
 
 def trained(project: Path) -> dict[str, int]:

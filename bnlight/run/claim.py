@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
+from bnlight.run.outcome import record
 from bnlight.run.status import read_json, this_process, write_atomic, write_json
-from bnlight.run.survive.command import note, of_this_command, told
+from bnlight.run.survive.command import note, of_this_command, this_command, told
 from bnlight.run.tracking.agent import run_id
 
 FINISHED = ("done", "diverged")
@@ -97,6 +98,7 @@ def begin(
         "wandb_id": run_id() or status.get("wandb_id") or secrets.token_hex(4),
         "seconds": 0.0 if state == "failed" else status.get("seconds", 0.0),
         "started": time.time(),
+        "command": this_command(),
         "monitor": (config.get("monitor") or {}).get("metric"),
         "error": None,
         "traceback": None,
@@ -108,8 +110,11 @@ def begin(
 
 
 def _wipe(directory: Path) -> dict[str, Any]:
-    for name in ("result.json", "metrics.csv", "status.json", "job.log"):
-        (directory / name).unlink(missing_ok=True)
+    """Remove what earlier attempts have left; a job that is killed meanwhile is one to begin anew."""
+    record(directory, state="interrupted", wandb_id=None)
+    (directory / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     for name in ("checkpoints", "wandb"):
         shutil.rmtree(directory / name, ignore_errors=True)
+    for name in ("result.json", "metrics.csv", "job.log", "status.json"):
+        (directory / name).unlink(missing_ok=True)
     return {}
