@@ -192,6 +192,13 @@ def test_an_unreadable_status_costs_one_job_and_not_the_sweep(
     assert "not valid JSON" in output
     assert "2 jobs, 1 done" in output
 
+    assert main(["train", "-m", *SMALL, "seed=0,1", "--dry-run"]) == 0
+    assert "unreadable, fails" in capsys.readouterr().out
+    assert (
+        main(["train", "-m", *SMALL, "seed=0,1", "hydra/launcher=parallel", "hydra.launcher.n_jobs=1"]) == 1
+    )
+    assert "2 jobs, 1 done" in capsys.readouterr().out
+
 
 def test_a_diverged_job_is_a_result_of_its_own_kind(
     project: Path, capsys: pytest.CaptureFixture[str]

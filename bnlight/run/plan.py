@@ -32,13 +32,15 @@ def show_plan(arguments: list[str], config_name: str, folder: Path | None) -> No
     choose the next job is named instead. Raises CommandError as a run would.
     """
     given = [one for one in arguments if not one.startswith(("hydra/launcher=", "hydra.launcher."))]
+    place = next((i for i, one in enumerate(given) if "=" in one and one[0] != "-"), len(given))
+    given.insert(place, "hydra/launcher=basic")  # among the overrides, as Hydra wants these together
     counts: dict[str, int] = {}
 
     def look(config: DictConfig) -> None:
         _look(config, counts)
 
     with contextlib.suppress(_Enough), _looking():
-        run_hydra([*given, "hydra/launcher=basic"], config_name, folder, task=look)
+        run_hydra(given, config_name, folder, task=look)
         if not counts:  # the sweeper has said why
             return
         total = sum(counts.values())
@@ -73,7 +75,10 @@ def _look(config: DictConfig, counts: dict[str, int]) -> None:
 
 def _outlook(directory: Path, rerun: str | None) -> tuple[str, str, str]:
     """The job's state, what a run would do with it, and why."""
-    status = read_status(directory)
+    try:
+        status = read_status(directory)
+    except ValueError as error:
+        return "unreadable", "fails", str(error)
     state = status.get("state", "new")
     if state == "running":
         who = owner(directory)

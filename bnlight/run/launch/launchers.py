@@ -182,7 +182,10 @@ class BnlightLauncher(Launcher):
         return returned.status == JobStatus.FAILED and bool(self.config.get("fail_fast"))
 
     def _is_over(self, job: Job) -> bool:
-        status = read_status(job.directory())
+        try:
+            status = read_status(job.directory())
+        except ValueError:  # unreadable, as the job will say
+            return False
         state, rerun = status.get("state"), None if of_this_command(status) else self.config.get("rerun")
         return (state in FINISHED and rerun != "all") or (state == "failed" and rerun is None)
 
