@@ -14,13 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import SMALL
+from conftest import SMALL, until
 from four_jobs import MINE, OWN, RANKS, Command, check_four_jobs, inside, seen
 
 from bnlight.cli import main
 from bnlight.run.launch.launchers import EXTRAS
 from bnlight.run.status import read_status
 
+Start = Callable[..., subprocess.Popen[str]]
 assert inside  # a fixture
 no_ray = pytest.mark.skipif(
     not importlib.util.find_spec("ray"), reason="no ray here (80 MB): pip install ray"
@@ -118,6 +119,27 @@ def test_jobs_die_with_a_killed_sweep(project: Path) -> None:
     assert not psutil.wait_procs(family, timeout=10)[1]
     states = [read_status(path.parent)["state"] for path in project.glob("outputs/train/*/status.json")]
     assert states == ["interrupted", "interrupted"]
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["as it imports", "as jobs run"])
+def test_the_server_that_jobs_are_forked_from_may_be_killed(project: Path, start: Start, begun: bool) -> None:
+    given = ["train", "-m", *SMALL, "trainer.max_epochs=40", "+trainer.limit_train_batches=3", "seed=1,2,3"]
+    sweep = start(*given, *PARALLEL)
+    servers: list[psutil.Process] = []
+
+    def there_is_one() -> bool:
+        below = psutil.Process(sweep.pid).children(recursive=True)
+        servers[:] = [one for one in below if "forkserver" in " ".join(one.cmdline())]
+        runs = list(project.glob("outputs/train/*/checkpoints/last.ckpt"))
+        return bool(servers) and (not begun or bool(runs))
+
+    until(there_is_one)
+    servers[0].kill()
+    output, errors = sweep.communicate(timeout=120)
+    assert sweep.returncode == 0, errors
+    assert "3 jobs, 3 done" in output
+    statuses = [read_status(path.parent) for path in project.glob("outputs/train/*/status.json")]
+    assert [status["attempt"] for status in statuses] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,17 @@ class Parallel(BnlightLauncher):
         here, there = forks.Pipe(duplex=False)
         what = cloudpickle.dumps((Path.cwd(), dict(os.environ), job))
         process = forks.Process(target=_in_child, args=(what, there), name="bnlight job")
-        process.start()
+        try:
+            process.start()
+        except (OSError, EOFError):  # the server that forks was killed: another takes its place
+            process.start()
         there.close()
         live[job.number] = process.pid
         if stopped:  # while it was started
             os.kill(process.pid, stopped[0])
         wait([here, process.sentinel])
+        while not here.poll() and _lives(process.pid):  # it was the server that died
+            wait([here], SECONDS_BETWEEN_LOOKS)
         returned = None
         with contextlib.suppress(EOFError):
             returned = cloudpickle.loads(here.recv_bytes()) if here.poll() else None
@@ -97,9 +102,11 @@ class Parallel(BnlightLauncher):
             returned = not_done(job, "stopped")
         elif returned is None:
             returned = self.failed(job, f"the process {ended_how(process.exitcode)}")
-        took = read_json(job.directory() / "status.json").get("seconds")
-        if job.sweep is not None and returned.status == JobStatus.COMPLETED and took:
-            job.sweep.seconds.append(took)  # for the labels of the jobs that are started from now on
+        if job.sweep is not None and returned.status == JobStatus.COMPLETED:
+            took = read_json(job.directory() / "status.json").get("seconds")
+            job.sweep.seconds += (
+                [took] if took else []
+            )  # for the labels of the jobs that are started from now on
         if self.stops_after(returned):
             stopped.append(0)
         return returned
@@ -148,6 +155,13 @@ class RayLocal(BnlightLauncher):
             what = str(error).strip().splitlines()[0]
             return self.failed(job, f"the process ended: {what}")
         return returned
+
+
+def _lives(process: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, 0)
+        return True
+    return False
 
 
 def _begun_here() -> list[int]:
