@@ -21,6 +21,8 @@ import pytest
 
 BOX = Path("/tmp/bnlight-slurm")
 CPUS = 8  # of each node; they may be more than the machine has
+# A job that goes back into the queue waits there until its credential has run out, in SLURM's own settings for 120 s.
+SECONDS_TO_REQUEUE = 10
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
 
 CONFIG = """
@@ -30,6 +32,7 @@ SlurmctldPort={ctld}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire={requeue}
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -40,7 +43,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=1
 ReturnToService=2
 KillWait=8
 SlurmctldPidFile={box}/slurmctld.pid
@@ -134,7 +137,7 @@ def _up() -> None:
     ports = _free_ports()
     config = CONFIG.format(
         host=socket.gethostname().split(".")[0],
-        box=BOX, cpus=CPUS, ctld=ports[0], first=ports[1], second=ports[1] + 1,
+        box=BOX, cpus=CPUS, requeue=SECONDS_TO_REQUEUE, ctld=ports[0], first=ports[1], second=ports[1] + 1,
     )  # fmt: skip
     (BOX / "slurm.conf").write_text(config)
     for command in (["slurmctld"], ["slurmd", "-N", "n1"], ["slurmd", "-N", "n2"]):
