@@ -69,11 +69,9 @@ def check_command(config: DictConfig, hydra: Any) -> None:
             seconds(config.get(key), key)
         except ValueError as error:
             raise CommandError(str(error)) from None
-    launcher = hydra.runtime.choices.get("hydra/launcher")
-    if hydra.mode.name != "MULTIRUN" and launcher not in (None, "basic", "serial"):
-        raise CommandError(
-            f"hydra/launcher={launcher} is for the jobs of a sweep, and this is a single job: add -m"
-        )
+    asked = [override for override in hydra.overrides.hydra if override.startswith("hydra/launcher=")]
+    if asked and hydra.mode.name != "MULTIRUN":  # a config of one's own may name the launcher of all sweeps
+        raise CommandError(f"{asked[-1]} is for the jobs of a sweep, and this is a single job: add -m")
     inside = sweep.current is not None and sweep.current.inside_job
     if already_started() and hydra.mode.name == "MULTIRUN" and not inside:
         raise CommandError(

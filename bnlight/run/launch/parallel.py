@@ -104,9 +104,7 @@ class Parallel(BnlightLauncher):
             returned = self.failed(job, f"the process {ended_how(process.exitcode)}")
         if job.sweep is not None and returned.status == JobStatus.COMPLETED:
             took = read_json(job.directory() / "status.json").get("seconds")
-            job.sweep.seconds += (
-                [took] if took else []
-            )  # for the labels of the jobs that are started from now on
+            job.sweep.seconds += [took] if took else []  # for the labels of the jobs that start from now on
         if self.stops_after(returned):
             stopped.append(0)
         return returned

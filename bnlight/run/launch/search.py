@@ -125,10 +125,8 @@ class Search(Sweeper):
 
         try:
             storage = optuna.storages.get_storage(self.stock.storage)
-        except (
-            SQLAlchemyError,
-            ImportError,
-        ) as error:  # no such address, no driver for it, or nobody answers
+        # No such address, no driver for it, or nobody answers.
+        except (SQLAlchemyError, ImportError) as error:
             raise CommandError(
                 f"hydra.sweeper.storage={self.stock.storage} is not to be opened: {error}"
             ) from error
