@@ -104,6 +104,15 @@ def test_with_so_many_more_seeds_the_power_is_about_what_was_claimed(effect, n, 
     assert 0.79 < found < 0.86  # a whole seed more than needed, and three standard errors of 0.003
 
 
+def test_more_seeds_are_counted_at_the_level_that_holm_asks_of_the_pairs_that_are_left():
+    samples = ([1.0, 1.1, 0.9, 1.05], [1.0, 3.0, -0.5, 2.0], [2.0, 0.5, -1.0, 2.5])
+    apart, *left = corrected([paired("", "a", "b", np.array(sample)) for sample in samples])
+    assert (apart.told_apart, apart.more_seeds) == (True, None)
+    for pair in left:
+        needed = math.ceil(TTestPower().solve_power(pair.effect, power=0.8, alpha=0.05 / 2)) - 4
+        assert (pair.told_apart, pair.more_seeds) == (False, needed)
+
+
 def test_a_difference_near_zero_asks_for_no_number_of_seeds(tmp_path):
     scored(tmp_path, "batch", [0.9, 0.92, 0.91, 0.93])
     scored(tmp_path, "group", [0.9201, 0.9001, 0.9301, 0.9101])

@@ -272,6 +272,25 @@ def test_a_paired_difference_is_a_clear_lead(tmp_path):
     )
 
 
+def test_of_several_that_are_beaten_the_nearest_is_told_with_its_numbers(tmp_path):
+    for norm, base in (("batch", 0.9), ("group", 0.8), ("layer", 0.6)):
+        scored(tmp_path, norm, [base + step * base for step in (0.0, 0.004, 0.001, 0.002)])
+    (finding,) = compare(tmp_path).findings
+    assert (finding.clear, finding.rivals) == (True, 2)
+    assert "batch is better than both others: test accuracy 0.9016 ± 0.0024" in finding.text
+    assert "(the nearest, group: difference 0.1002, 95 % interval " in finding.text
+
+
+def test_the_verdict_counts_the_settings_at_which_the_best_is_told_from_all(tmp_path):
+    for size, group in ((4, [0.5, 0.51, 0.5]), (32, [0.89, 0.95, 0.85])):
+        scored(tmp_path, "batch", [0.90, 0.92, 0.91], settings={"data.batch_size": size})
+        scored(tmp_path, "group", group, settings={"data.batch_size": size})
+    assert compare(tmp_path).verdict.startswith(
+        "batch has the highest mean test accuracy at both settings of batch size; these seeds tell the best from all "
+        "others at 1 of the 2 settings."
+    )
+
+
 def test_overlapping_means_with_a_steady_difference_are_told_apart(tmp_path):
     batch = [0.90, 0.92, 0.94, 0.96, 0.98]
     scored(tmp_path, "batch", batch)
@@ -339,6 +358,28 @@ def test_the_verdict_over_batch_sizes_names_the_winner_of_each(tmp_path):
     assert comparison.verdict == (
         "No single winner over batch size: group has the highest mean test accuracy at 2 and 8, batch at 32; "
         "these seeds tell the best from all others everywhere. All at shared settings."
+    )
+
+
+def test_settings_of_several_keys_are_counted_in_the_verdict(tmp_path):
+    for size, dropout, best in ((4, 0.0, "batch"), (4, 0.5, "batch"), (32, 0.0, "group"), (32, 0.5, "batch")):
+        for norm in ("batch", "group"):
+            settings = {"data.batch_size": size, "model.dropout": dropout}
+            scored(tmp_path, norm, [0.9 if norm == best else 0.8] * 2, settings=settings)
+    assert compare(tmp_path).verdict.startswith(
+        "No single winner over dropout and batch size: batch has the highest mean test accuracy at 3 settings, group "
+        "at 1 setting; "
+    )
+
+
+def test_a_contender_alone_under_every_condition_wins_nothing(tmp_path):
+    for size in (4, 32):
+        scored(tmp_path, "batch", [0.9, 0.91], settings={"data.batch_size": size})
+        write_job(tmp_path, norm="group", state="running", settings={"data.batch_size": size})
+    write_job(tmp_path, norm="batch", state="running", settings={"data.batch_size": 64})
+    assert compare(tmp_path).verdict == (
+        "batch stands alone at both settings of batch size: there is nothing to compare it with. 1 other has no result "
+        "yet. All at shared settings."
     )
 
 

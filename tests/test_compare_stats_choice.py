@@ -139,6 +139,9 @@ def test_a_setting_that_diverged_takes_no_seeds_from_the_choice_between_the_othe
     batch = chosen(comparison)["", "batch"]
     assert (batch.settings["optimizer.lr"], batch.chosen_on) == (0.1, None)
     assert any("among the settings with the fewest diverged runs" in text for text in comparison.caveats)
+    assert not any(
+        "finished on the same seeds" in text for text in comparison.caveats
+    )  # the chosen ones have
 
 
 def test_only_numbers_have_an_edge_to_try_beyond(tmp_path):

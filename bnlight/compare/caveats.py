@@ -62,7 +62,7 @@ def caveats(
 
 def _shared(axes: Axes, configs: pd.DataFrame) -> list[str]:
     """Norms compared at one shared learning rate."""
-    if "norm" not in axes.contenders or "optimizer.lr" in axes.tuned or "optimizer.lr" not in configs:
+    if "norm" not in axes.contenders or "optimizer.lr" not in configs:
         return []
     rates = configs["optimizer.lr"].dropna().unique()
     if len(rates) == 1:
