@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,20 @@ def test_groups_are_maximal_and_hold_every_pair_that_is_not_separated(k, n, seed
     assert not any(set(a) < set(b) for a in got.groups for b in got.groups)
 
 
+def test_what_friedman_does_not_separate_is_one_group_however_far_apart():
+    ranks = [
+        [4, 2, 1, 0, 5, 3],
+        [5, 1, 4, 0, 3, 2],
+        [3, 4, 1, 0, 5, 2],
+        [1, 4, 0, 3, 5, 2],
+        [2, 0, 3, 1, 4, 5],
+    ]
+    got = rank(pd.DataFrame(ranks, columns=list("abcdef")))
+    assert got.mean_ranks[-1] - got.mean_ranks[0] > got.critical_difference
+    assert got.p == pytest.approx(friedmanchisquare(*np.transpose(ranks)).pvalue)
+    assert got.groups == [tuple(got.contenders)]
+
+
 def test_blocks_are_the_seeds_of_each_condition_that_all_contenders_share(tmp_path):
     for batch_size in (4, 32):
         place = {"data.batch_size": batch_size}
@@ -81,8 +96,11 @@ def test_who_diverged_ranks_last_and_who_never_ran_is_named(tmp_path):
     write_job(tmp_path, norm="renorm", seed=1, state="diverged")
     for seed in (0, 1):
         write_job(tmp_path, norm="instance", seed=seed, state="diverged")
+    for norm in ("batch", "group", "renorm", "instance"):  # no block: nobody finished
+        write_job(tmp_path, norm=norm, seed=2, state="diverged")
     write_job(tmp_path, norm="tanh", state="failed")
     evidence = compare(tmp_path).evidence
+    assert evidence.ranking.blocks == 2
     assert dict(zip(evidence.ranking.contenders, evidence.ranking.mean_ranks, strict=True)) == {
         "group": 1.5, "renorm": 2.25, "batch": 2.5, "instance": 3.75,
     }  # fmt: skip
@@ -103,11 +121,11 @@ def test_without_enough_to_rank_the_reason_is_given(tmp_path, norms, seeds, why)
 
 def test_the_notes_say_how_the_tests_were_made_and_that_few_seeds_are_few(tmp_path):
     write_sweep(tmp_path / "three", ("batch", "group"), (0, 1, 2))
-    write_sweep(tmp_path / "six", ("batch", "group"), range(6))
-    three, six = (compare(tmp_path / name).evidence.notes for name in ("three", "six"))
+    write_sweep(tmp_path / "five", ("batch", "group"), range(5))
+    three, five = (compare(tmp_path / name).evidence.notes for name in ("three", "five"))
     assert any("Holm over all pairs of one condition" in note for note in three)
     assert any("fewer than 5 common seeds" in note for note in three)
-    assert not any("fewer than 5 common seeds" in note for note in six)
+    assert not any("fewer than 5 common seeds" in note for note in five)
 
 
 def learning_rates(root, norm, results):
@@ -149,8 +167,16 @@ def test_time_to_the_target_counts_a_diverged_seed_as_never(tmp_path):
     assert (renorm.steps, renorm.seconds, renorm.reached, renorm.ended) == (None, None, 2, 4)
 
 
+def test_of_a_loss_the_largest_stable_rate_keeps_it_within_twice_the_lowest(tmp_path):
+    for rate, loss in ((0.1, 1.0), (0.4, 1.9), (1.6, 2.1)):
+        write_job(tmp_path, settings={"optimizer.lr": rate}, result={"test/loss": loss})
+    (stability,) = compare(tmp_path, metric="test/loss", by=["norm"]).evidence.stability
+    assert (stability.largest_stable_lr, stability.largest_lr) == (0.4, 1.6)
+
+
 def test_crashes_and_copies_are_no_divergence(tmp_path):
     scored(tmp_path, "batch", [0.9, 0.92])
+    shutil.copytree(next(tmp_path.iterdir()), tmp_path / "a copy")
     write_job(tmp_path, norm="batch", seed=2, state="failed")
     (stability,) = compare(tmp_path).evidence.stability
     assert (stability.runs, stability.failed, stability.diverged, stability.divergence_rate) == (3, 1, 0, 0.0)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 import statistics
 
 import numpy as np
@@ -175,6 +176,12 @@ def test_eight_equal_differences_are_enough(tmp_path):
     assert pair.told_apart
 
 
+@pytest.mark.parametrize("n", [10, 11])
+def test_equal_differences_have_the_p_of_the_sign_flips_at_every_number_of_seeds(n):
+    assert paired("", "a", "b", np.full(n, 0.25)).p == 2 / 2**n
+    assert paired("", "a", "b", np.zeros(n)).p == 1
+
+
 def test_one_common_seed_says_nothing_of_the_spread_and_none_nothing_at_all(tmp_path):
     scored(tmp_path, "batch", [0.9, 0.92])
     scored(tmp_path, "group", [0.95])
@@ -208,6 +215,7 @@ def test_two_seeds_have_an_interval_but_no_effect(tmp_path):
 def test_runs_that_a_contender_lost_are_named(tmp_path):
     scored(tmp_path, "batch", [0.9, 0.92, 0.91, 0.93, 0.9])
     scored(tmp_path, "renorm", [0.94, 0.96, 0.93])
+    shutil.copytree(next(tmp_path.glob("renorm*")), tmp_path / "a copy")
     for seed, state in ((3, "diverged"), (4, "failed")):
         write_job(tmp_path, norm="renorm", seed=seed, state=state)
     pair = only_pair(tmp_path)

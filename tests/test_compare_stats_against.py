@@ -110,6 +110,8 @@ def test_each_side_is_tuned_for_itself(tmp_path):
             scored(root, "group", [0.5, 0.5], {"optimizer.lr": rate}, validation=validation)
     batch = next(one for one in compare(new, against=old).against.differences if one.contender == "batch")
     assert batch.difference == pytest.approx(0.09)
+    untuned = compare(new, against=old, tune=[]).against.differences
+    assert {one.condition for one in untuned} == {"lr = 0.01", "lr = 0.1"}
 
 
 def test_nothing_in_common_is_said(tmp_path):
