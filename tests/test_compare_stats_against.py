@@ -114,6 +114,14 @@ def test_each_side_is_tuned_for_itself(tmp_path):
     assert {one.condition for one in untuned} == {"lr = 0.01", "lr = 0.1"}
 
 
+def test_what_is_averaged_over_counts_once_per_seed(tmp_path):
+    for size in (4, 32):
+        for name, results in (("new", NEW), ("old", OLD)):
+            write(tmp_path / name, results, data__batch_size=size)
+    differences = compare(tmp_path / "new", against=tmp_path / "old", by=["norm"]).against.differences
+    assert [one.n for one in differences] == [5, 5]
+
+
 def test_nothing_in_common_is_said(tmp_path):
     new, old = write(tmp_path / "new", {"batch": [0.9, 0.9]}), write(tmp_path / "old", {"group": [0.9, 0.9]})
     assert compare(new, against=old).against.verdict.startswith("Nothing is in both")
