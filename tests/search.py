@@ -15,7 +15,7 @@ from bnlight.run.status import read_status
 
 # Data that do to each job, one after the other, what the file `acts` says, and note who has trained with what.
 MINE = """
-import fcntl, os, signal
+import fcntl, os, signal, time
 from bnlight.data import Digits
 from bnlight.norm import BatchNorm
 
@@ -35,6 +35,10 @@ class Data(Digits):
                 raise RuntimeError("as asked")
             if ACT[0] == "stop":
                 raise KeyboardInterrupt
+            if ACT[0] == "wait":
+                open("begun", "w").close()
+                while os.path.exists("begun"):
+                    time.sleep(0.1)
             if ACT[0] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -168,6 +169,32 @@ def test_two_commands_on_one_search_share_its_trials(ours: Path, project: Path) 
     assert [process.returncode for process in both] == [0, 0]
     assert len(trials(ours)) == len(rates(ours)) == 8
     assert sum(text.count(": done in") for text in said) == 8
+
+
+def test_a_command_waits_for_the_trials_of_another_and_takes_up_those_that_it_leaves(
+    ours: Path, project: Path
+) -> None:
+    acts(project, "wait")
+    command = [sys.executable, "-m", "bnlight", "sweep", "ours", "hydra.sweeper.n_trials=2"]
+    one = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE)
+    while not (project / "begun").exists():
+        assert one.poll() is None
+        time.sleep(0.1)
+    other = subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    said = ""
+    while "Waiting for 1 trials that run elsewhere" not in said:
+        line = other.stdout.readline()
+        assert line, said  # else it has ended
+        said += line
+    one.kill()
+    one.communicate()  # its worker has died with it
+    (project / "begun").unlink()
+    rest, _ = other.communicate(timeout=120)
+    assert other.returncode == 0
+    assert "[1] " in rest
+    assert "2 jobs, 2 done" in rest
+    assert [trial.state.name for trial in trials(ours)] == ["FAIL", "COMPLETE", "COMPLETE"]
 
 
 def test_all_ranks_of_a_random_trial_have_its_values(ours: Path, project: Path) -> None:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from bnlight.lightning.build import instantiate
+from bnlight.run import sweep
 from bnlight.run.identity import identity
 from bnlight.run.job import CommandError, FailFast, JobFailed
 from bnlight.run.survive.command import SINCE
@@ -65,12 +67,15 @@ class Search(Sweeper):
         if plan.looking:
             print(plan.CHOOSES_ITSELF.format(sweeper="Search"))
             return
+        self.waiting = False
         self.worker = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.workers = self.folder / ".search"
         with own(self.workers / self.worker), Turn(self.workers / ".turn") as self.turn:
             self.turn.take()
             self._open()
-            while (left := self._left()) > 0:
+            while (left := self._left()) > 0 or self._wait():
+                if left <= 0:
+                    continue
                 self.trials: list[Any] = []
                 self.stock.n_trials = self.stock.n_jobs = min(left, self.at_a_time)
                 self._batch(arguments)
@@ -166,6 +171,23 @@ class Search(Sweeper):
                 self._renumber(self._trials()[-1].number, number)
             held -= retry or trial.state == TrialState.WAITING
         return int(self.n_trials - held)
+
+    def _wait(self) -> bool:
+        """Wait a moment for the trials that other processes run, each of which may die; False if there are none."""
+        running = [
+            trial for trial in self._trials() if trial.state.name == "RUNNING" and self._is_alive(trial)
+        ]
+        if not running:
+            return False
+        if not self.waiting:
+            print(
+                f"Waiting for {len(running)} trials that run elsewhere (Ctrl-C leaves them alone)", flush=True
+            )
+            self.waiting = True
+        self.turn.give()
+        time.sleep(sweep.SECONDS_BETWEEN_LOOKS)
+        self.turn.take()
+        return True
 
     def _is_alive(self, trial: Any) -> bool:
         return "worker" in trial.user_attrs and bool(owner(self.workers / trial.user_attrs["worker"]))
