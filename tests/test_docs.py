@@ -9,7 +9,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import bnlight.conf
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -146,9 +145,3 @@ def test_the_commands_of_the_page_compose_and_build_their_norm(command: str) -> 
     with initialize_config_module("bnlight.conf", **VERSION_BASE):
         config = OmegaConf.to_container(compose("train", overrides), resolve=True)
     instantiate(config["norm"])(8)
-
-
-def test_the_readme_names_every_callback() -> None:
-    (row,) = re.findall(r"^\| `callbacks` \| ([\w, ]+?)(?: \(|\s*\|)", README, re.MULTILINE)
-    files = (Path(bnlight.conf.__path__[0]) / "callbacks").glob("*.yaml")
-    assert sorted(row.split(", ")) == sorted(path.stem for path in files)

@@ -10,16 +10,19 @@ from pathlib import Path
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_options_named_in_the_readme_are_those_there_are() -> None:
+def test_the_table_of_the_readme_has_every_option_of_every_group() -> None:
     import bnlight.conf
 
+    named = {}
+    row = r"^\| (`\w+`(?:, `\w+`)*) \| ([\w,; ]+?)(?: \(|\s*\|)"
+    for groups, options in re.findall(row, README, re.MULTILINE):
+        for group, listed in zip(re.findall(r"\w+", groups), options.split("; "), strict=True):
+            named[group] = sorted(listed.split(", "))
     conf = Path(bnlight.conf.__path__[0])
-    for group, options in re.findall(
-        r"^\| `(norm|weight|sync|model|data|trainer)` \| ([\w, ]+?)(?: \(|\s*\|)", README, re.MULTILINE
-    ):
-        assert sorted(options.split(", ")) == sorted(path.stem for path in (conf / group).glob("*.yaml")), (
-            group
-        )
+    files = {folder: [*folder.glob("*.yaml")] for folder in conf.iterdir() if folder.name != "hydra"}
+    assert named == {
+        folder.name: sorted(path.stem for path in files[folder]) for folder in files if files[folder]
+    }
 
 
 def test_the_demo_ends_as_the_readme_shows(project: Path) -> None:
