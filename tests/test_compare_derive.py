@@ -117,6 +117,12 @@ def test_what_was_not_reached_or_not_logged_is_missing(tmp_path):
     assert derived(tmp_path / "empty")[names].isna().all(axis=None)
 
 
+def test_of_a_run_whose_history_is_lost_the_best_is_what_its_result_says(tmp_path):
+    write_metrics(write_job(tmp_path, seed=0), [row(10, val__accuracy=0.5)])
+    write_job(tmp_path, seed=1, result={"val/accuracy": 0.7}).joinpath("metrics.csv").unlink()
+    assert sorted(derived(tmp_path)["best_val/accuracy"]) == [0.5, 0.7]
+
+
 def test_the_gap_is_that_of_the_last_validation(tmp_path):
     rows = [
         row(5, train__loss=9.0), row(10, train__loss=3.0, val__loss=4.0),

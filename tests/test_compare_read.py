@@ -129,6 +129,12 @@ def test_null_and_not_a_number_metrics_are_missing_values(tmp_path):
     compare(tmp_path)
 
 
+def test_a_metric_called_like_a_setting_does_not_take_its_place(tmp_path):
+    write_job(tmp_path, seed=3, result={"seed": 7.0, "lr": 8.0, "test/accuracy": 0.9})
+    run = read_runs(tmp_path).runs.iloc[0]
+    assert (run["seed"], run["lr"], run["result/seed"], run["result/lr"]) == (3, 0.1, 7.0, 8.0)
+
+
 def test_a_copied_job_is_counted_once(tmp_path):
     job = write_job(tmp_path, seed=0)
     write_job(tmp_path, seed=1)
