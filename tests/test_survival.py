@@ -23,7 +23,7 @@ from bnlight.compare.read import read_runs
 from bnlight.lightning import LastCheckpoint
 from bnlight.lightning.stop import seconds
 from bnlight.run import progress
-from bnlight.run.status import read_status
+from bnlight.run.status import read_status, update_status
 
 # A network with dropout that sends its process a signal at the start of a training step.
 MINE = """
@@ -153,6 +153,22 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(ours: Path, monkeypatch: 
     assert main(["train", *ARGUMENTS, "paths.outputs=whole"]) == 0
     assert_same_run(Path("whole"), Path("k11"))
     assert_same_run(Path("whole"), Path("k30"))
+
+
+@pytest.mark.parametrize("left", [0, 3000])
+def test_a_broken_checkpoint_is_named_with_the_way_out(project: Path, left: int) -> None:
+    assert main(["train", *SMALL, "trainer.max_epochs=2"]) == 0
+    (job,) = (path.parent for path in project.glob("outputs/train/*/status.json"))
+    update_status(job, state="interrupted")
+    last = job / "checkpoints" / "last.ckpt"
+    with last.open("r+b") as file:
+        file.truncate(left)
+    assert main(["train", *SMALL, "trainer.max_epochs=2"]) == 1
+    error = read_status(job)["error"]
+    assert f"{last.absolute()} is broken: delete it" in error
+    last.unlink()
+    assert main(["train", *SMALL, "trainer.max_epochs=2", "--retry-failed"]) == 0
+    assert read_status(job)["state"] == "done"
 
 
 def test_two_ranks_stop_at_one_step_and_go_on_bit_by_bit(ours: Path, monkeypatch: pytest.MonkeyPatch) -> None:

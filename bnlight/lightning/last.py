@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             new.replace(place)
         finally:
             new.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, *how: Any, **more: Any) -> dict[str, Any]:
+        """The checkpoint; a RuntimeError that names the file and the way out, if it is not a whole one."""
+        try:
+            return super().load_checkpoint(path, *how, **more)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = f"{type(error).__name__}: {error}".split(". ")[0]
+            raise RuntimeError(
+                f"{path} is broken: delete it, or start the job again (--force); {reason}"
+            ) from error
