@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from conftest import SMALL
 
 from bnlight.cli import main
+from bnlight.run import prune
 from bnlight.run.status import write_json
 
 
@@ -52,3 +54,15 @@ def test_prune_leaves_unfinished_jobs_and_those_without_a_best_alone(
     assert main(["prune", "outputs/train/f", "--keep", "none"]) == 0
     assert checkpoints(project) == before | left | {"f": set()}
     assert main(["prune", "nowhere"]) == 2
+
+
+def test_prune_leaves_a_job_alone_that_it_may_not_touch(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(directory: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(directory / ".lock"))
+
+    write_json(project / "outputs" / "a" / "status.json", {"state": "done"})
+    monkeypatch.setattr(prune, "own", read_only)
+    assert main(["prune", "outputs"]) == 0
+    assert "left alone: a: [Errno 30] Read-only file system" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def prune(root: Path, keep: str, dry_run: bool = False) -> tuple[int, int, list[
                 with own(directory):  # nobody starts it again meanwhile
                     going = superfluous(directory, keep)
                     size += remove(going)
-        except (JobBusy, ValueError) as error:
+        except (JobBusy, ValueError, OSError) as error:  # or a file system that may only be read
             left.append(f"{directory.name}: {error}")
             continue
         files += len(going)
