@@ -16,7 +16,7 @@ from conftest import SMALL
 
 from bnlight.cli import main
 from bnlight.run.status import read_status
-from bnlight.run.survive.command import of_this_command, this_command
+from bnlight.run.survive.command import command, note, of_this_command, this_command, unfinished
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -112,6 +112,17 @@ def test_the_clock_does_not_decide_what_a_command_has_run(monkeypatch: pytest.Mo
     assert not of_this_command(
         {"command": "earlier", "started": time.time() + hour}
     )  # it has been set back since
+
+
+def test_a_line_of_the_journal_that_is_not_whole_stops_nobody(tmp_path: Path) -> None:
+    with command() as file:
+        note("begun", tmp_path / "one")
+        note("begun", tmp_path / "two")
+        with file.open("a") as more:
+            more.write('{"event": "begun", "pid": 7')
+        note("ended", tmp_path / "three")  # behind it
+        note("ended", tmp_path / "one")
+        assert [entry["job"] for entry in unfinished()] == [str(tmp_path / "two")]
 
 
 def trained(project: Path) -> dict[str, int]:

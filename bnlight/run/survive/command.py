@@ -66,7 +66,11 @@ def journal(path: Path | None = None) -> list[dict[str, Any]]:
     place = path or Path(os.environ.get(JOURNAL, os.devnull))
     if not place.is_file():
         return []
-    return [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+    entries = []
+    for line in place.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # it is just being written, or a full disk has cut it off
+            entries.append(json.loads(line))
+    return entries
 
 
 def unfinished(path: Path | None = None) -> list[dict[str, Any]]:
