@@ -1,10 +1,7 @@
 """The page in a real browser: all is drawn, nothing is requested, filters are right, a thousand runs are quick."""
 
-import itertools
 import json
 
-import numpy as np
-import pandas as pd
 import pytest
 import yaml
 from browser import needs_browser
@@ -19,8 +16,7 @@ from page_sweeps import (  # noqa: F401
     small_sweep,
     tick,
 )
-from scipy import stats
-from test_compare_builder import write_job, write_metrics
+from test_compare_builder import scored, write_job
 
 from bnlight.compare import compare
 
@@ -165,109 +161,19 @@ def test_a_mean_is_over_seeds_with_and_without_a_filter(browser, tmp_path, sweep
     tab.close()
 
 
-def test_the_figures_follow_the_filter(tab, small):
-    draw_all(tab)
+def test_under_a_filter_the_best_of_each_condition_leads(browser, tmp_path):
+    for norm, accuracies in {"batch": [0.9, 0.9, 0.5], "group": [0.8, 0.8, 0.8]}.items():
+        for batch_size in (4, 32):
+            scored(tmp_path, norm, accuracies, settings={"data.batch_size": batch_size})
+    tab = browser.open(compare(tmp_path).page.as_uri())
+    entries = "[row.className, row.cells[0].textContent, row.cells[1].textContent]"
+    order = f"[...document.querySelectorAll('#cells tbody tr')].map(row => {entries})"
+    assert tab.run(order)[:2] == [["lead", "4", "group"], ["", "4", "batch"]]
+    tick(tab, "seed", "0")
     tick(tab, "seed", "1")
-    tab.run("document.querySelector('[data-figure=\"0\"]').scrollIntoView()")
-    tab.until("document.querySelector('[data-figure=\"0\"] .chart').data[0].error_y === undefined")
-    everything = results(small)
-    drawn = "document.querySelector('[data-figure=\"0\"] .chart').data"
-    for trace in tab.run(f"{drawn}.map(({{ name, text, y }}) => ({{ name, text, y }}))"):
-        one = everything[(everything["norm"] == trace["name"]) & (everything["seed"] == "1")].copy()
-        one.index = one["data.batch_size"]
-        assert trace["y"] == one.loc[trace["text"], "test/accuracy"].tolist()
-
-
-def test_the_learning_curve_is_the_mean_over_seeds_with_its_interval(browser, tmp_path):
-    values = ([0.1, 0.5, 0.9], [0.3, 0.7, 0.8])
-    for seed, steps in enumerate(((0, 10, 20, 30), (0, 10, 20))):
-        rows_ = [{"attempt": 1, "step": s, "epoch": 0, "time": 0, "val/accuracy": v}
-                 for s, v in zip(steps, [*values[seed], 0.95], strict=False)]  # fmt: skip
-        write_metrics(write_job(tmp_path, seed=seed), rows_)
-    tab = browser.open(compare(tmp_path).page.as_uri())
-    draw_all(tab)
-    band, line = tab.run(
-        "document.querySelector('[data-figure=\"0\"] .chart').data.map(({ x, y }) => ({ x, y }))"
-    )
-    assert line["x"] == [0, 10, 20]  # as far as both got
-    assert line["y"] == pytest.approx([0.2, 0.6, 0.85])
-    half = stats.t.ppf(0.975, 1) * np.std(values, axis=0, ddof=1) / np.sqrt(2)
-    assert band["y"][:3] == pytest.approx(np.array([0.2, 0.6, 0.85]) + half)
-    tab.click("[name=band][value=range]")
-    tab.until("document.querySelector('[data-figure=\"0\"] .chart').data[0].y[0] === 0.3")
-    assert tab.problems == []
-    tab.close()
-
-
-def test_a_learning_curve_over_further_settings_is_a_mean_over_seeds(browser, tmp_path):
-    values = {0.8: (0.1, 0.2), 0.9: (0.5, 0.8)}  # by momentum, of two seeds
-    for momentum, accuracies in values.items():
-        for seed, accuracy in enumerate(accuracies):
-            job = write_job(tmp_path, seed=seed, settings={"optimizer.momentum": momentum})
-            write_metrics(job, [{"attempt": 1, "step": 0, "epoch": 0, "time": 0, "val/accuracy": accuracy}])
-    tab = browser.open(compare(tmp_path, by="norm", tune=[]).page.as_uri())
-    draw_all(tab)
-    band, line = tab.run("document.querySelector('[data-figure=\"0\"] .chart').data.map(({ y }) => y)")
-    assert line == pytest.approx([0.4])
-    assert band[0] - line[0] == pytest.approx(stats.t.ppf(0.975, 1) * 0.1)
-    assert tab.problems == []
-    tab.close()
-
-
-def test_maps_and_divergence_are_what_pandas_computes(browser, tmp_path):
-    counted = []
-    for norm, batch_size, lr, seed in itertools.product(
-        ("batch", "group"), (4, 32), (0.1, 0.2, 0.3), range(3)
-    ):
-        lost = norm == "batch" and 10 * lr + seed > 4  # at 0.3 two of three
-        settings = {"data.batch_size": batch_size, "optimizer.lr": lr}
-        accuracy = batch_size / 100 + lr + seed**2 / 100
-        write_job(tmp_path, norm=norm, seed=seed, state="diverged" if lost else "done", settings=settings,
-                  result={"test/accuracy": accuracy})  # fmt: skip
-        counted.append((norm, str(batch_size), str(lr), lost, np.nan if lost else accuracy))
-    table = pd.DataFrame(counted, columns=["norm", "batch size", "lr", "lost", "accuracy"])
-    tab = browser.open(compare(tmp_path).page.as_uri())
-    draw_all(tab)
-    charts = "[...document.querySelectorAll('.chart')]"
-    maps = tab.run(f"{charts}.find(({{ data }}) => data[0].type === 'heatmap').data")
-    assert [each["name"] for each in maps] == ["batch", "group"]
-    for drawn in maps:
-        cells = table[table["norm"] == drawn["name"]].groupby(["lr", "batch size"])["accuracy"]
-        means = cells.mean().unstack().loc[drawn["y"], drawn["x"]].to_numpy()
-        assert np.array(drawn["z"]) == pytest.approx(means)
-        counts = cells.count().unstack().loc[drawn["y"], drawn["x"]].to_numpy()
-        assert drawn["hovertext"] == [[f"n = {n}" for n in line] for line in counts]
-    rates = tab.run(f"{charts}.find(({{ layout }}) => layout.yaxis.title.text === 'diverged runs, %').data")
-    for drawn in rates:
-        shares = table[table["norm"] == drawn["name"]].groupby("lr")["lost"].mean() * 100
-        assert drawn["y"] == pytest.approx(shares.loc[drawn["text"]].tolist())
-    assert sorted(each["name"] for each in rates) == ["batch", "group"]
-    assert tab.problems == []
-    tab.close()
-
-
-def test_where_settings_share_a_point_survivors_of_divergence_do_not_stand_for_it(browser, tmp_path):
-    for lr in (0.1, 0.2):
-        for momentum, accuracy in ((0.8, 0.80), (0.9, 0.85)):
-            for seed in range(2):
-                state = "diverged" if lr == 0.2 and momentum == 0.9 and seed else "done"
-                settings = {"optimizer.lr": lr, "optimizer.momentum": momentum}
-                result = {"test/accuracy": accuracy}
-                job = write_job(tmp_path, seed=seed, state=state, settings=settings, result=result)
-                write_metrics(
-                    job, [{"attempt": 1, "step": 9, "epoch": 0, "time": 0, "val/accuracy": accuracy}]
-                )
-    tab = browser.open(compare(tmp_path, tune=["lr", "momentum"]).page.as_uri())
-    draw_all(tab)
-    line = tab.run("""(() => {
-        const titles = ({ layout: { xaxis, yaxis } }) => `${yaxis.title.text} against ${xaxis.title.text}`;
-        const charts = [...document.querySelectorAll(".chart")];
-        return charts.find(chart => titles(chart) === "test accuracy against lr").data.map(({ text, y }) => [text, y]);
-    })()""")
-    assert line == [[["0.1", "0.2"], [0.85, 0.80]]]
-    tick(tab, "lr", "0.2")  # which nobody's best setting has
-    seen = {(row["optimizer.lr"]["text"], row["optimizer.momentum"]["text"]) for row in rows(tab)}
-    assert seen == {("0.2", "0.8"), ("0.2", "0.9")}
+    assert tab.run(order) == [
+        ["lead", "4", "batch"], ["", "4", "group"], ["lead section", "32", "batch"], ["", "32", "group"],
+    ]  # fmt: skip
     tab.close()
 
 

@@ -127,6 +127,18 @@ def test_everything_can_be_reached_by_the_keyboard_and_the_focus_is_seen(tab):
     assert tab.run("!document.getElementById('filtered').hidden")
 
 
+def test_the_runs_are_sorted_by_a_column_up_and_down_and_the_missing_come_last(tab, small):
+    head = "[...document.querySelectorAll('#runs th')].find(each => each.textContent === 'test accuracy')"
+    column = f"[...document.querySelectorAll('#runs tbody tr')].map(row => row.cells[{head}.cellIndex].dataset.value)"
+    ordered = sorted(small.runs["test/accuracy"].dropna())
+    for order, wanted in (("ascending", ordered), ("descending", ordered[::-1])):
+        tab.run(f"{head}.querySelector('button').click()")
+        assert tab.run(f"{head}.ariaSort") == order
+        seen = tab.run(column)
+        assert [float(value) for value in seen[:-1]] == wanted
+        assert seen[-1] is None  # it failed
+
+
 def test_a_contender_can_be_hidden_in_all_figures(tab):
     draw_all(tab)
     tab.click(".legend button")
