@@ -115,6 +115,24 @@ def test_maps_and_divergence_are_what_pandas_computes(browser, tmp_path):
     tab.close()
 
 
+def test_lines_over_a_contending_setting_can_be_told_apart(browser, tmp_path):
+    for norm in ("batch", "renorm"):
+        for size in (4, 8):
+            write_job(tmp_path, norm=norm, settings={"norm.virtual_batch_size": size})
+    tab = browser.open(compare(tmp_path, by=["norm", "virtual_batch_size"]).page.as_uri())
+    draw_all(tab)
+    drawn = tab.run("document.querySelector('.chart').data")
+    assert [each["name"] for each in drawn] == ["norm = batch", "norm = renorm"]
+    for part in ("line", "marker"):
+        assert drawn[0][part]["color"] != drawn[1][part]["color"]
+    named = tab.run(
+        "[...document.querySelectorAll('figure:first-of-type .legendtext')].map(each => each.textContent)"
+    )
+    assert named[:2] == ["norm = batch", "norm = renorm"]
+    assert tab.problems == []
+    tab.close()
+
+
 def test_where_settings_share_a_point_survivors_of_divergence_do_not_stand_for_it(browser, tmp_path):
     for lr in (0.1, 0.2):
         for momentum, accuracy in ((0.8, 0.80), (0.9, 0.85)):

@@ -1,5 +1,6 @@
 """What a reader does with the page: clicks, types, saves, prints, takes a phone, turns the light off."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 
 import pandas as pd
@@ -206,6 +207,7 @@ def test_every_figure_is_saved_as_svg_and_png_on_white_and_its_numbers_as_csv(br
             assert ElementTree.fromstring(content).tag.endswith("svg")
             assert b"rgb(255, 255, 255)" in content
             assert b"batch size" in content
+            assert re.findall(rb'class="legendtext"[^>]*>([^<]*)<', content) == [b"batch", b"group"]
         else:
             assert content.startswith(b"\x89PNG")
             assert int.from_bytes(content[16:20]) == 1800

@@ -10,14 +10,15 @@ function save(name, type, content) {
 
 const fileName = title => title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-+|-+$/g, "") || "figure";
 
-// The light theme on white, whatever the page wears: a figure goes into a paper.
+// The light theme on white, whatever the page wears, and with a legend: a figure goes into a paper.
 async function saveFigure(build, title, format) {
   const before = theme;
   theme = themes.light;
-  const { data: traces, layout } = build(900);
+  const { data: traces, layout, legend } = build(900);
   theme = before;
   const margin = { ...layout.margin, t: layout.margin.t + 12 };
-  const figure = { data: traces, layout: { ...layout, margin, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff" } };
+  const showlegend = legend || layout.showlegend, white = { paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff" };
+  const figure = { data: traces, layout: { ...layout, margin, showlegend, ...white } };
   const size = { width: 900, height: Math.max(layout.height, 320), scale: format === "png" ? 2 : 1 };
   const url = await Plotly.toImage(figure, { format, ...size }), content = url.slice(url.indexOf(",") + 1);
   if (format === "svg") save(`${fileName(title)}.svg`, "image/svg+xml", decodeURIComponent(content));

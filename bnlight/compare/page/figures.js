@@ -1,4 +1,5 @@
 // The figures, each from the runs that the filter leaves: what plotly draws, and the same as a table of numbers.
+// `legend` marks those whose lines are named by the page's legend alone.
 
 const axisOf = Object.fromEntries(data.axes.map((axis, at) => [axis.key, { ...axis, at }]));
 const settingOf = (cell, key) => data.cells[cell].settings[axisOf[key].at];
@@ -34,6 +35,7 @@ function axisLayout(title, more = {}) {
 
 const layoutOf = (x, y, height) => ({
   height, xaxis: x, yaxis: y, hovermode: "closest", margin: { l: 8, r: 16, t: 10, b: 8 }, showlegend: false,
+  legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", itemclick: false, itemdoubleclick: false },
   font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 13, color: theme.ink },
   paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
 });
@@ -73,14 +75,14 @@ draw.curves = ({ metric, condition }, { band }) => {
     curve.steps.forEach((step, index) => rows.push([
       label, step, curve.at[index].mean, ...(ends[index] ?? [null, null])]));
     if (band === "seeds") for (const { run, x, y } of curve.curves) lines.push({
-      ...common, x, y, mode: "lines", opacity: 0.45, line: { ...common.line, width: 1.2 },
+      ...common, x, y, mode: "lines", showlegend: false, opacity: 0.45, line: { ...common.line, width: 1.2 },
       customdata: x.map(() => String(run)),
       hovertemplate: `${name}, seed ${safe(runs.seed[run])}<br>step %{x}: %{y:.4g}<extra></extra>`,
     });
     else if (curve.rows.length > 1) bands.push({
       type: "scatter", name, x: [...curve.steps, ...[...curve.steps].reverse()], mode: "lines", line: { width: 0 },
       y: [...ends.map(end => end[1]), ...ends.map(end => end[0]).reverse()],
-      fill: "toself", fillcolor: colour + (cells.length <= 6 ? "26" : "16"), hoverinfo: "skip",
+      fill: "toself", fillcolor: colour + (cells.length <= 6 ? "26" : "16"), hoverinfo: "skip", showlegend: false,
     });
     lines.push({
       ...common, x: curve.steps, y: curve.at.map(point => point.mean), marker: { color: colour, symbol, size: 7 },
@@ -97,7 +99,7 @@ draw.curves = ({ metric, condition }, { band }) => {
   const names = band === "range" ? ["lowest", "highest"] : ["95 % low", "95 % high"];
   return {
     data: [...bands, ...lines], layout: layoutOf(axisLayout("optimizer steps", { rangemode: "tozero" }), y, 340),
-    table: { head: ["contender", "step", `mean ${words(metric)}`, ...names], rows },
+    legend: true, table: { head: ["contender", "step", `mean ${words(metric)}`, ...names], rows },
   };
 };
 
@@ -132,13 +134,14 @@ draw.dots = ({ metric, condition }) => {
   };
 };
 
-// One line per contender, or per combination of the other contending keys where the axis is one itself.
+// One line per contender, or per combination of the other contending keys where the axis is one itself: of those the
+// page's legend knows nothing, so they have looks and a legend of their `own`.
 function seriesOf(cell, key) {
   const { contender } = data.cells[cell];
   if (axisOf[key].role !== "contenders") return { ...look(contender), order: contender };
   const others = data.axes.filter(axis => axis.role === "contenders" && axis.key !== key);
   const label = others.map(axis => `${axis.label} = ${settingOf(cell, axis.key)}`).join(", ") || "all";
-  return { ...look(0), label, name: safe(label), order: label };
+  return { own: true, label, name: safe(label), order: label };
 }
 
 // Of the cells at one place, the one that stands for them: the chosen one, else, of those that lost the fewest runs
@@ -164,7 +167,8 @@ function lines(cells, key) {
     const line = found.get(series.name) ?? found.set(series.name, { look: series, at: new Map() }).get(series.name);
     line.at.set(x, [...(line.at.get(x) ?? []), cell]);
   }
-  return [...found.values()].sort((a, b) => a.look.order < b.look.order ? -1 : 1);
+  const sorted = [...found.values()].sort((a, b) => a.look.order < b.look.order ? -1 : 1);
+  return sorted.map((line, place) => line.look.own ? { ...line, look: { ...look(place), ...line.look } } : line);
 }
 
 // Lines with an error bar at the same value lie side by side.
@@ -201,10 +205,11 @@ function lineFigure(key, title, height, points, format) {
     for (const [x, { y, half, n }] of sorted) rows.push([label, x, n, y, half ?? null]);
   }
   if (!traces.length) return null;
-  return {
-    data: traces, table: { head: ["contender", axisOf[key].label, "n", title, "± 95 %"], rows },
-    layout: layoutOf(settingAxis(axisOf[key]), axisLayout(title, frame(points.flatMap(({ at }) => [...at.values()]))), height),
-  };
+  const y = axisLayout(title, frame(points.flatMap(({ at }) => [...at.values()])));
+  const layout = layoutOf(settingAxis(axisOf[key]), y, height);
+  layout.showlegend = points[0].look.own && points.length > 1;
+  const head = ["contender", axisOf[key].label, "n", title, "± 95 %"];
+  return { data: traces, layout, legend: true, table: { head, rows } };
 }
 
 // The metric against one numeric setting.
