@@ -18,6 +18,7 @@ from wandb_server import Server, serving
 
 from bnlight.compare import Runs, compare, read_runs
 from bnlight.compare.read import online
+from bnlight.compare.read.tracked import Tracked, run_of
 
 TRACKED = [*(argument for argument in SMALL if "max_epochs" not in argument), "trainer.max_epochs=2"]
 SWEEP = [*TRACKED, "logger=wandb", "trainer.log_every_n_steps=5", "norm=batch,none", "optimizer.lr=0.1,1e9"]
@@ -341,3 +342,10 @@ def test_a_server_that_cannot_be_asked_is_named_with_what_to_do(
     monkeypatch.setenv("NETRC", str(project / "netrc"))
     with pytest.raises(PermissionError, match=r"no key for http://127.0.0.1:9. Run `wandb login`"):
         read_runs("wandb:us/bnlight")
+
+
+def test_of_equal_validations_the_first_is_the_checkpoints() -> None:
+    rows = [{"_step": step, "val/accuracy": 0.9, "val/loss": loss} for step, loss in ((1, 0.5), (2, 0.1))]
+    config = {"norm": "batch", "monitor": {"metric": "val/accuracy", "mode": "max"}}
+    tracked = Tracked("id", "name", "project", ("project",), "source", "finished", config, rows=rows)
+    assert run_of(tracked).row["val/loss"] == 0.5
