@@ -74,6 +74,16 @@ def test_a_second_ctrl_c_ends_suspended_ranks_at_once(ours: Path, start: Start) 
     assert status["state"] == "interrupted"
 
 
+def test_a_supervisor_that_is_stopped_for_a_while_goes_on(ours: Path, start: Start) -> None:
+    process = start("train", "-m", *CUSTOM, "trainer.max_epochs=20", "checkpoint_every=20")
+    until(lambda: list(ours.glob("outputs/train/*/checkpoints/last.ckpt")))
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2)  # longer than it waits for a signal
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
 @pytest.mark.parametrize(
     "more",
     [

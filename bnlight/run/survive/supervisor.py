@@ -103,7 +103,8 @@ class Supervisor:
                 if done:
                     return os.waitstatus_to_exitcode(status)
                 info = signal.sigtimedwait([*self.watched, signal.SIGCHLD], SECONDS_BETWEEN_LOOKS)
-                if info is None:
+                # Of a process that was stopped (Ctrl-Z) for longer, Python (3.11) returns uninitialized memory.
+                if info is None or info.si_signo not in (*self.watched, signal.SIGCHLD):
                     suspended.look()
                 elif info.si_signo != signal.SIGCHLD:
                     self._pass_on(info)
