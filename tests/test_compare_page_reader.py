@@ -200,6 +200,9 @@ def test_a_number_that_is_missing_is_an_empty_field_of_a_csv(browser, tmp_path):
 def test_every_figure_is_saved_as_svg_and_png_on_white_and_its_numbers_as_csv(browser, tab, small):
     tab.run("document.getElementById('theme').click()")
     title = tab.run("document.querySelector('figcaption').textContent").lower().replace(" ", "-")
+    tab.run("document.querySelector('[data-figure=\"0\"]').scrollIntoView({ behavior: 'instant' })")
+    tab.until("document.querySelector('[data-figure=\"0\"] .main-svg')")
+    assert tab.run("document.querySelectorAll('.chart .legendtext').length") == 0  # the page has one for all
     for button, kind in ((1, "svg"), (2, "png")):
         tab.click(f"[data-figure='0'] .tools > .exports button:nth-child({button})")
         content = browser.downloaded(f"{title}.{kind}")

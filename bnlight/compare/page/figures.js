@@ -207,7 +207,7 @@ function lineFigure(key, title, height, points, format) {
   if (!traces.length) return null;
   const y = axisLayout(title, frame(points.flatMap(({ at }) => [...at.values()])));
   const layout = layoutOf(settingAxis(axisOf[key]), y, height);
-  layout.showlegend = points[0].look.own && points.length > 1;
+  layout.showlegend = Boolean(points[0].look.own) && points.length > 1;  // plotly has an idea of its own if undefined
   const head = ["contender", axisOf[key].label, "n", title, "± 95 %"];
   return { data: traces, layout, legend: true, table: { head, rows } };
 }
