@@ -27,7 +27,8 @@ from bnlight.run.prune import remove, superfluous
 from bnlight.run.ranks.agree import agree
 from bnlight.run.ranks.devices import devices_of, lease
 from bnlight.run.ranks.processes import already_started, launch, processes_of, this_rank
-from bnlight.run.ranks.started import WrongRanks, follow, go, leading, meeting, together
+from bnlight.run.ranks.started import WrongRanks
+from bnlight.run.ranks.talk import follow, go, leading, meeting, together
 from bnlight.run.reached import reach
 from bnlight.run.status import JobBusy, own, read_json, update_status
 from bnlight.run.survive.command import note

@@ -14,7 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from bnlight.run.ranks.started import Started, WrongRanks, forget_earlier, started
+from bnlight.run.ranks.started import Started, WrongRanks, started
+from bnlight.run.ranks.talk import forget_earlier
 
 SECONDS_FOR_ALL = 300.0  # a rank may import from a slow disk
 SHOWN = 5  # differences in the message
