@@ -165,7 +165,7 @@ def test_a_broken_checkpoint_is_named_with_the_way_out(project: Path, left: int)
         file.truncate(left)
     assert main(["train", *SMALL, "trainer.max_epochs=2"]) == 1
     error = read_status(job)["error"]
-    assert f"{last.absolute()} is broken: delete it" in error
+    assert f"{last.absolute()} cannot be loaded: delete it" in error
     last.unlink()
     assert main(["train", *SMALL, "trainer.max_epochs=2", "--retry-failed"]) == 0
     assert read_status(job)["state"] == "done"

@@ -274,11 +274,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             new.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, *how: Any, **more: Any) -> dict[str, Any]:
-        """The checkpoint; a RuntimeError that names the file and the way out, if it is not a whole one."""
+        """The checkpoint; a RuntimeError that names the file and the way out if it cannot be loaded."""
         try:
             return super().load_checkpoint(path, *how, **more)
         except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
             reason = f"{type(error).__name__}: {error}".split(". ")[0]
             raise RuntimeError(
-                f"{path} is broken: delete it, or start the job again (--force); {reason}"
+                f"{path} cannot be loaded: delete it, or start the job again (--force); {reason}"
             ) from error
