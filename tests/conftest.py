@@ -39,6 +39,15 @@ def signals_as_before() -> Iterator[None]:
     assert not left
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """Lightning leaves MASTER_PORT behind, for instance, which every process that a later test starts would take."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, as a user's, that is the working directory."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from bnlight.run.status import write_json
 
 assert slurm  # fixtures
 assert cluster
+Command = Callable[..., subprocess.CompletedProcess[str]]
 BNLIGHT = [sys.executable, "-m", "bnlight"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "+trainer.limit_train_batches=3"]
 
@@ -45,6 +48,18 @@ def test_ranks_find_each_other_where_killed_ones_have_left_their_notes(project: 
     (result,) = project.glob("outputs/train/*/result.json")
     assert json.loads(result.read_text())["world_size"] == 2
     assert sum(text.count("done in") for _, text in ended) == 1
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_port_that_a_script_has_exported_is_none_of_a_process_started_alone(
+    project: Path, bnlight: Command, devices: int
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        exported = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        done = bnlight("train", *SMALL, *TWO, f"trainer.devices={devices}", **exported)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ranks_with_different_configs_name_both_values_and_train_nothing(project: Path) -> None:

@@ -28,7 +28,7 @@ from bnlight.run.ranks.agree import agree
 from bnlight.run.ranks.devices import devices_of, lease
 from bnlight.run.ranks.processes import already_started, launch, processes_of, this_rank
 from bnlight.run.ranks.started import WrongRanks
-from bnlight.run.ranks.talk import follow, go, leading, meeting, together
+from bnlight.run.ranks.talk import follow, go, leading, meet, together
 from bnlight.run.reached import reach
 from bnlight.run.status import JobBusy, own, read_json, update_status
 from bnlight.run.survive.command import note
@@ -186,7 +186,7 @@ def _train_here(
 
     with isolated(), log_to(directory / "job.log", rank=this_rank()), together(directory, failed):
         os.environ.update(environment or {})
-        os.environ.update(meeting(directory))
+        meet(directory)
         from bnlight.run.train import train  # here, as Lightning's import writes into the environment
 
         train(config, directory, label)

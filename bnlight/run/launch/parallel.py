@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -26,6 +27,7 @@ from bnlight.run.survive.command import journal, unfinished
 from bnlight.run.survive.output import outlive_the_reader
 
 SECONDS_BETWEEN_LOOKS = 1.0
+ATTEMPTS, SECONDS_BETWEEN_ATTEMPTS = 10, 0.2
 STOPPED = 130  # exit code of a job's process that a signal has stopped in order
 
 
@@ -82,10 +84,7 @@ class Parallel(BnlightLauncher):
         here, there = forks.Pipe(duplex=False)
         what = cloudpickle.dumps((Path.cwd(), dict(os.environ), job))
         process = forks.Process(target=_in_child, args=(what, there), name="bnlight job")
-        try:
-            process.start()
-        except (OSError, EOFError):  # the server that forks was killed: another takes its place
-            process.start()
+        _start(process)
         there.close()
         live[job.number] = process.pid
         if stopped:  # while it was started
@@ -153,6 +152,16 @@ class RayLocal(BnlightLauncher):
             what = str(error).strip().splitlines()[0]
             return self.failed(job, f"the process ended: {what}")
         return returned
+
+
+def _start(process: Any) -> None:
+    """Start it; where the server that it is forked from was killed, from the next one."""
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(OSError, EOFError):
+            process.start()
+            return
+        time.sleep(SECONDS_BETWEEN_ATTEMPTS)  # for an instant, one that was killed still seems to live
+    process.start()
 
 
 def _lives(process: int) -> bool:

@@ -126,20 +126,25 @@ def _watch(folder: Path, place: Started, over: threading.Event, record: Callable
             os._exit(1)
 
 
-def meeting(directory: Path) -> dict[str, str]:
-    """The environment in which torch's ranks find each other; empty where it is set already."""
+def meet(directory: Path) -> None:
+    """Have the environment say where torch's ranks find each other, unless who has started them did.
+
+    What a script has exported is none of a process that was started alone: jobs side by side would take one port.
+    """
     place = started()
-    if place is None or not _is_ours_to_meet(place):
-        return {}
-    said = read_json(_folder(directory, place) / "0.json")
-    return {
-        "RANK": str(place.rank),
-        "LOCAL_RANK": str(place.local_rank),
-        "WORLD_SIZE": str(place.world_size),
-        "NODE_RANK": os.environ.get("SLURM_NODEID", "0"),
-        "MASTER_ADDR": str(said["address"]),
-        "MASTER_PORT": str(said["port"]),
-    }
+    if place is None:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    elif _is_ours_to_meet(place):
+        said = read_json(_folder(directory, place) / "0.json")
+        os.environ |= {
+            "RANK": str(place.rank),
+            "LOCAL_RANK": str(place.local_rank),
+            "WORLD_SIZE": str(place.world_size),
+            "NODE_RANK": os.environ.get("SLURM_NODEID", "0"),
+            "MASTER_ADDR": str(said["address"]),
+            "MASTER_PORT": str(said["port"]),
+        }
 
 
 def _is_ours_to_meet(place: Started) -> bool:
