@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bnlight.surgery import freeze_norm as freeze_norm
     from bnlight.surgery import norm_parameters as norm_parameters
     from bnlight.surgery import norm_penalty as norm_penalty
+    from bnlight.surgery import register_norm as register_norm
     from bnlight.surgery import replace_norm as replace_norm
     from bnlight.surgery import sync_norm as sync_norm
     from bnlight.surgery import unfreeze_norm as unfreeze_norm
@@ -39,6 +40,7 @@ _HOMES = {
     "norm_parameters": "surgery",
     "norm_penalty": "surgery",
     "precise_statistics": "population",
+    "register_norm": "surgery",
     "replace_norm": "surgery",
     "sync_norm": "surgery",
     "unsync_norm": "surgery",
@@ -57,6 +59,7 @@ __all__ = [
     "pool_statistics",
     "precise_statistics",
     "reduce_statistics",
+    "register_norm",
     "replace_norm",
     "sync_norm",
     "unfreeze_norm",

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlight.doctor.look import Call, Look, uses_batch
 from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.paths import named_layers
 from bnlight.surgery.fold_rules import is_norm
 from bnlight.surgery.synchronized import Synchronized
 
@@ -26,7 +27,7 @@ class Case:
     """Whether the layers will be, though they are not yet."""
 
     def __post_init__(self) -> None:
-        self.paths = {module: path for path, module in self.model.named_modules()}
+        self.paths = {module: path for path, module in named_layers(self.model)}
         frozen_alone = self.model.training  # in a model in evaluation mode none counts as frozen
         self.norms = {module: path for module, path in self.paths.items() if is_norm(module)}
         self.batch_norms = {

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.paths import named_layers
 from bnlight.surgery.fold_rules import is_norm
 
 MOVING_DROPOUT = 0.1
@@ -57,7 +58,7 @@ class Look:
     """For the first norms behind a dropout, that dropout."""
 
     def __post_init__(self) -> None:
-        self.paths: dict[nn.Module, str] = {m: path for path, m in self.model.named_modules()}
+        self.paths: dict[nn.Module, str] = {m: path for path, m in named_layers(self.model)}
         self._depth = self._forward = 0
         self._dropouts: dict[Any, nn.Module] = {}
         self._norm_outputs: set[Any] = set()

@@ -14,7 +14,7 @@ from bnlight.norm.paths import Patterns, chosen, paths_of
 from bnlight.population import reduce_statistics
 from bnlight.surgery import freeze_norm, unfreeze_norm
 from bnlight.surgery.freeze import Frozen
-from bnlight.surgery.parameters import ALL_NORMS
+from bnlight.surgery.known import is_norm
 
 
 class FreezeNorm(pl.Callback):
@@ -58,7 +58,8 @@ class FreezeNorm(pl.Callback):
             if isinstance(self.at, float)
             else self.at
         )
-        if norms := paths_of(pl_module, ALL_NORMS):
+        norms: dict[nn.Module, list[str]] = paths_of(pl_module, is_norm)
+        if norms:
             chosen("FreezeNorm", norms, **self.chosen)  # so that a wrong pattern fails now
         else:
             rank_zero_warn("FreezeNorm has nothing to do: the model has no norms")
@@ -93,7 +94,7 @@ class FreezeNorm(pl.Callback):
         reduce_statistics(pl_module)
         modes = {m: m.training for m in pl_module.modules() if not isinstance(m, Frozen)}
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
-        if paths_of(pl_module, ALL_NORMS):
+        if paths_of(pl_module, is_norm):
             freeze_norm(pl_module, **self.chosen, affine=self.affine)
         self._layers = {m: training for m, training in modes.items() if isinstance(m, Frozen)}
         self._parameters = [parameter for parameter in trained if not parameter.requires_grad]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnlight.surgery.parameters import ALL_NORMS
+from bnlight.norm.paths import fitting, plain
+from bnlight.surgery.known import is_norm
 
-PREFIXES = ("", "model.", "module.", "_orig_mod.", "module.model.", "model._orig_mod.", "_orig_mod.model.")
+PREFIXES = ("", "model.", "module.", "module.model.")
 NESTS = ("state_dict", "model_state_dict", "model")  # where a checkpoint keeps its weights
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -31,8 +32,12 @@ def initialize(module: nn.Module, file: str | Path) -> str:
     """
     given = read_state_dict(Path(file))
     wanted = module.state_dict()
-    strip, add = _prefixes(given, wanted)
-    renamed = {add + key.removeprefix(strip): value for key, value in given.items() if key.startswith(strip)}
+    given = {plain(key): value for key, value in given.items()}
+    strip, add = _prefixes(given, {*map(plain, wanted)})
+    renamed = {
+        add + key.removeprefix(strip): value for key, value in given.items() if key.startswith(strip)
+    }
+    renamed = fitting(renamed, wanted)
     ignored = [key for key in given if not key.startswith(strip)]
     modules = dict(module.named_modules())
     loaded = {key: value for key, value in renamed.items() if key in wanted}
@@ -45,7 +50,7 @@ def initialize(module: nn.Module, file: str | Path) -> str:
     zeroed = [
         key for key in lacking if _is_bias(key, modules) and key.removesuffix("bias") + "weight" in loaded
     ]
-    fresh = [key for key in lacking if _owner(key, modules, ALL_NORMS)]
+    fresh = [key for key in lacking if _of_norm(key, modules)]
     missing = [key for key in lacking if key not in {*zeroed, *fresh}]
     differs = bool(of_norms or fresh)  # a bias comes and goes with the norm behind it, never alone
     if not differs:
@@ -93,7 +98,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _prefixes(given: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
+def _prefixes(given: Mapping[str, Any], wanted: set[str]) -> tuple[str, str]:
     """What to strip from the file's keys and what to add, such that most of them are the module's."""
 
     def hits(pair: tuple[str, str]) -> int:
@@ -113,20 +118,24 @@ def _refuse_shapes(file: str | Path, loaded: Mapping[str, Tensor], wanted: Mappi
         raise ValueError(f"init_from={file} has other shapes: {_listed(wrong)}")
 
 
-def _owner(key: str, modules: Mapping[str, nn.Module], kinds: tuple[type, ...]) -> bool:
-    return isinstance(modules.get(key.rpartition(".")[0]), kinds)
+def _owner(key: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    return modules.get(key.rpartition(".")[0])
+
+
+def _of_norm(key: str, modules: Mapping[str, nn.Module]) -> bool:
+    owner = _owner(key, modules)
+    return owner is not None and is_norm(owner)
 
 
 def _is_bias(key: str, modules: Mapping[str, nn.Module]) -> bool:
     linear = (nn.Linear, nn.modules.conv._ConvNd)
-    return key.endswith(".bias") and _owner(key, modules, linear)
+    return key.endswith(".bias") and isinstance(_owner(key, modules), linear)
 
 
 def _is_norm(key: str, modules: Mapping[str, nn.Module], given: Mapping[str, Any]) -> bool:
     """Whether the key is one of a norm: here, or, as it has running statistics, in the file."""
     path = key.rpartition(".")[0]
-    here = _owner(key, modules, ALL_NORMS)
-    return here or any(f"{path}.{name}" in given for name in STATISTICS)
+    return _of_norm(key, modules) or any(f"{path}.{name}" in given for name in STATISTICS)
 
 
 def _listed(keys: Iterable[str], most: int = 8) -> str:

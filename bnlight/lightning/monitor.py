@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bnlight.norm.core import moments
+from bnlight.norm.paths import named_layers
 from bnlight.norm.recompute import recomputing
 from bnlight.population.observe import Pool, layers_of
-from bnlight.surgery.parameters import ALL_NORMS
+from bnlight.surgery.known import is_norm
 
 BINS = 32  # of a histogram: half of W&B's own, and half of its bytes
 
@@ -58,7 +59,7 @@ class NormMonitor(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._norms = {
-            path: module for path, module in pl_module.named_modules() if isinstance(module, ALL_NORMS)
+            path: module for path, module in named_layers(pl_module) if is_norm(module)
         }
         self._seen, self._logged = [], trainer.global_step
 

@@ -15,8 +15,9 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 
 from bnlight.lightning.build import instantiate
+from bnlight.norm.paths import fitting
 from bnlight.surgery import replace_norm
-from bnlight.surgery.dress import Dress, dress
+from bnlight.surgery.dress import Dress, dress, undress
 from bnlight.surgery.replace import Subclasses
 from bnlight.surgery.replace_report import Report
 
@@ -112,8 +113,6 @@ def load_module(path: str | Path, kind: type[M], **arguments: Any) -> M:
             "a training, by init_from=FILE"
         )
     record: Any = saved.get(RECORD)
-    if record is None:
-        return kind.load_from_checkpoint(path, **arguments)
 
     class Loading(kind):  # type: ignore[valid-type,misc]
         """Replaces the norms between the module's own constructor and the loading of its weights."""
@@ -121,7 +120,9 @@ def load_module(path: str | Path, kind: type[M], **arguments: Any) -> M:
         def configure_model(self) -> None:
             super().configure_model()
             self.__class__ = kind  # type: ignore[assignment]
-            replace_norms(self, **record)
+            if record is not None:
+                replace_norms(self, **record)
+            dress(self, _Loads)
 
     loaded: M = Loading.load_from_checkpoint(path, **arguments)
     return loaded
@@ -171,6 +172,15 @@ class _Records(Dress):
                 "ReplaceNorm(...) as then, or bnlight.load(path, Module), which reads it from the checkpoint"
             )
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
+class _Loads(Dress):
+    """Takes the next state dict, whatever of the module was compiled when it was saved or is now."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        module: Any = self
+        undress(module, _Loads)
+        return module.load_state_dict(fitting(state_dict, module.state_dict()), *args, **kwargs)
 
 
 class _Later(Dress):

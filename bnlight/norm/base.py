@@ -75,6 +75,8 @@ class Norm(nn.Module):
     def __init_subclass__(cls) -> None:
         """Show the arguments that a layer passes on, `**shared: Unpack[Shared]`, in its signature."""
         super().__init_subclass__()
+        if "__init__" not in vars(cls):  # it has its base's
+            return
         try:
             signature = inspect.signature(cls.__init__, eval_str=True)
         except NameError:  # an annotation that exists for type checkers only

@@ -1,8 +1,8 @@
 """Choose layers by the patterns of their paths."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -11,6 +11,7 @@ Patterns = str | Iterable[str] | None
 """A pattern of layers' paths, such as `"features.*"`, or several; `*` matches dots too. None is no choice."""
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -25,12 +26,19 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
 
 
-def paths_of(model: nn.Module, kinds: tuple[type[M], ...]) -> dict[M, list[str]]:
-    """The model's layers of these kinds, each with all its paths."""
-    paths: dict[M, list[str]] = {}
+def plain(path: str) -> str:
+    """The path of a layer, or its key in a state dict, as it is where nothing is compiled."""
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def paths_of(
+    model: nn.Module, wanted: tuple[type[M], ...] | Callable[[nn.Module], bool]
+) -> dict[M, list[str]]:
+    """The model's layers of these classes, or those wanted, each with all its paths."""
+    paths: dict[Any, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, kinds):
-            paths.setdefault(module, []).append(path)
+        if isinstance(module, wanted) if isinstance(wanted, tuple) else wanted(module):
+            paths.setdefault(module, []).append(plain(path))
     return paths
 
 
@@ -58,3 +66,14 @@ def matching(what: str, paths: dict[M, list[str]], patterns: str | Iterable[str]
             raise ValueError(f"{what}: {pattern!r} matches none of the layers {', '.join(every[:12])}{more}")
         found |= hits
     return found
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, with the paths that the layers have where nothing is compiled."""
+    return ((plain(path), module) for path, module in model.named_modules())
+
+
+def fitting(state: Mapping[str, T], wanted: Iterable[str]) -> dict[str, T]:
+    """The state dict under the keys that are wanted, whatever is compiled here, or was where it was saved."""
+    keys = {plain(key): key for key in wanted}
+    return {keys.get(plain(key), key): value for key, value in state.items()}

@@ -221,7 +221,8 @@ class InstanceNorm(SampleStatistics):
 class NoNorm(Norm):
     """No normalization: `y = x`, or `y = x * weight + bias` with `affine=True`.
 
-    Training and evaluation are the same. It takes the arguments of the other layers, so that it can stand
+    Training and evaluation are the same. The result is a tensor of its own, as every norm's, so that an in-place
+    activation behind it leaves `x` as it is, which a residual connection may read. It takes the arguments of the other layers, so that it can stand
     where they stand; `eps` is unused. See `Norm` for shapes, masks and their errors.
 
     >>> NoNorm(2)(torch.tensor([[1.0, 3.0]]))
@@ -239,4 +240,4 @@ class NoNorm(Norm):
         super().__init__(num_features, affine=affine, eps=eps, **placement)
 
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        return keep_layout(affine(x, *self.full_affine(x)), x) if self.affine else x
+        return keep_layout(affine(x, *self.full_affine(x)), x) if self.affine else x.clone()

@@ -42,4 +42,5 @@ class DynamicTanh(Norm):
         # As a weight of the channels alpha's gradient is summed in full precision.
         alpha = converted(self.alpha, statistics_dtype(x.dtype)).expand(x.size(1))
         y = affine(x, alpha.contiguous()).tanh_()
-        return keep_layout(affine(y, *self.full_affine(x)) if self.affine else y, x)
+        # Never tanh's own output, which its backward needs and an in-place activation would overwrite.
+        return keep_layout(affine(y, *self.full_affine(x)), x)

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.core import Moments, moments
+from bnlight.norm.paths import named_layers
 from bnlight.norm.recompute import Calls
 from bnlight.norm.sync import Meeting, merged
 from bnlight.population.ranks import number_of_ranks, of_all_ranks
@@ -149,7 +150,7 @@ def _observe(path: str, layer: nn.Module, training: bool, back: ExitStack) -> Po
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that evaluate by running averages, by their paths; ValueError for lazy ones without channels."""
     layers: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
+    for path, module in named_layers(model):
         if isinstance(module, BatchStatistics | _BatchNorm) and module.running_mean is not None:
             if is_lazy(module.running_mean):
                 raise ValueError(

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnlight.norm import BatchLayerNorm, FullNorm
-from bnlight.norm.paths import unwrapped
+from bnlight.norm.paths import named_layers, unwrapped
 from bnlight.norm.sync import ProcessGroup
 from bnlight.population.observe import frozen, layers_of
 from bnlight.population.ranks import number_of_ranks, of_all_ranks
@@ -47,7 +47,7 @@ def reduce_statistics(
     net = unwrapped(model)
     layers = layers_of(net) | {
         path: layer
-        for path, layer in net.named_modules()
+        for path, layer in named_layers(net)
         if isinstance(layer, _InstanceNorm) and layer.running_mean is not None
     }
     layers = {path: layer for path, layer in layers.items() if not frozen(layer, net)}

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from bnlight.lightning.replace import load_module
+from bnlight.norm.paths import fitting
 from bnlight.run.module import build_data, build_module
 from bnlight.run.weights import weights_file
 
@@ -64,7 +65,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def restored(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> pl.LightningModule:
-    """The module with the checkpoint's weights."""
-    module.on_load_checkpoint(dict(checkpoint))
-    module.load_state_dict(checkpoint["state_dict"])
+    """The module with the checkpoint's weights; what was compiled then need not be so here, nor the reverse."""
+    state = fitting(checkpoint["state_dict"], module.state_dict())
+    module.on_load_checkpoint({**checkpoint, "state_dict": state})
+    module.load_state_dict(state)
     return module

@@ -2,7 +2,8 @@
 
 from bnlight.surgery.fold import FoldReport, fold_norm
 from bnlight.surgery.freeze import freeze_norm, unfreeze_norm
-from bnlight.surgery.parameters import TORCH_NORMS, norm_parameters
+from bnlight.surgery.known import TORCH_NORMS, register_norm
+from bnlight.surgery.parameters import norm_parameters
 from bnlight.surgery.regularize import Bounds, constrain_norm, norm_penalty
 from bnlight.surgery.replace import replace_norm
 from bnlight.surgery.replace_report import Report
@@ -18,6 +19,7 @@ __all__ = [
     "freeze_norm",
     "norm_parameters",
     "norm_penalty",
+    "register_norm",
     "replace_norm",
     "sync_norm",
     "unfreeze_norm",

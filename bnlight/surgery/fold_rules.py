@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from bnlight.norm import BatchNorm, BatchRenorm, FullNorm, MeanOnlyBatchNorm, NoNorm, Norm
 from bnlight.norm.batch import BatchStatistics
 from bnlight.surgery.dress import own_class
-from bnlight.surgery.parameters import ALL_NORMS
+from bnlight.surgery import known as norms
 
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -66,8 +65,8 @@ class FoldedNorm(nn.Identity):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, of torch or bnlight, that does something."""
-    return isinstance(module, ALL_NORMS) and not (
+    """Whether a module is a norm, of torch or bnlight or registered, that does something."""
+    return norms.is_norm(module) and not (
         isinstance(module, NoNorm) and module.weight is None and module.bias is None
     )
 
@@ -77,19 +76,22 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, LAYERS)
 
 
-def behind(norm: Any) -> nn.Module:
+def behind(norm: nn.Module) -> nn.Module:
     """What a norm does besides normalizing, to be left in its place: timm's have dropout and an activation."""
-    return nn.Sequential(norm.drop, norm.act) if own_class(norm) in _timm_norms() else nn.Identity()
+    found = norms.known(norm)
+    return nn.Sequential(*found.then.values()) if found is not None and found.then else nn.Identity()
 
 
-def _timm_norms() -> tuple[Any, ...]:
-    timm = sys.modules.get("timm.layers.norm_act")
-    return () if timm is None else (timm.BatchNormAct2d, timm.SyncBatchNormAct)
+def core_of(norm: nn.Module) -> nn.Module:
+    """The norm of torch or bnlight that does the normalizing."""
+    found = norms.known(norm)
+    return norm if found is None else found.norm
 
 
 def norm_problem(norm: nn.Module) -> str | None:
     """Why a norm is no fixed scale and shift in evaluation, None if it is."""
-    kind = own_class(norm)
+    kind, norm = own_class(norm), core_of(norm)
+    own = own_class(norm)
     if isinstance(norm, Norm):
         base: Any = next((known for known in FIXED if isinstance(norm, known)), None)
         if base is None and isinstance(norm, BatchStatistics):
@@ -97,13 +99,13 @@ def norm_problem(norm: nn.Module) -> str | None:
         methods: tuple[str, ...] = EVALUATION
     else:
         # A synchronized SyncBatchNorm is no instance of its class.
-        base = nn.SyncBatchNorm if issubclass(kind, nn.SyncBatchNorm) else _BatchNorm
+        base = nn.SyncBatchNorm if issubclass(own, nn.SyncBatchNorm) else _BatchNorm
         base = _InstanceNorm if isinstance(norm, _InstanceNorm) else base
-        base = base if issubclass(kind, base) else None
+        base = base if issubclass(own, base) else None
         methods = ("forward",)
     if base is None or (isinstance(norm, _InstanceNorm) and not norm.track_running_stats):
         return "it normalizes each sample by its own statistics"
-    if kind not in _timm_norms() and (changed := _overridden(norm, kind, base, methods)):
+    if changed := _overridden(norm, own, base, methods):
         return f"{kind.__name__} has a {changed} of its own"
     if not isinstance(norm, NoNorm) and norm.running_mean is None:
         return "it has no running statistics, so it normalizes by the batch in evaluation too"
@@ -126,7 +128,7 @@ def layer_problem(layer: nn.Module) -> str | None:
 
 def channels_problem(norm: nn.Module, layer: nn.Module, *, after: bool) -> str | None:
     """Why the norm's channels are not the layer's outputs (`after` it) or inputs, None if they are."""
-    linear = isinstance(layer, nn.Linear)
+    linear, norm = isinstance(layer, nn.Linear), core_of(norm)
     name = own_class(norm).__name__
     if getattr(norm, "channel_dim", 1) == -1:
         if not linear:
@@ -165,11 +167,12 @@ def sizes(layer: Any) -> tuple[int, int]:
 
 def needs_rows(norm: nn.Module, layer: nn.Module) -> bool:
     """Whether the norm's channels are the layer's for input (N, C) only."""
-    return isinstance(layer, nn.Linear) and getattr(norm, "channel_dim", 1) == 1
+    return isinstance(layer, nn.Linear) and getattr(core_of(norm), "channel_dim", 1) == 1
 
 
 def affine_of(norm: Any) -> Affine:
     """The norm's scale and shift in evaluation."""
+    norm = core_of(norm)
     if isinstance(norm, BatchStatistics):
         assert norm.running_mean is not None
         statistics = norm.running_statistics(norm.running_mean)

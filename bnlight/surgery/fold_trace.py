@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import operator
 import textwrap
 import warnings
@@ -19,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 Paths = dict[nn.Module, str]
 
+_IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
 SHAPE_READS = ("size", "dim", "ndimension", "numel", "is_floating_point", "shape", "ndim", "dtype", "device")
 
 
@@ -147,6 +149,22 @@ class Flow:
                 return module
             node = readers[0]
 
+    def changed_before(self, node: fx.Node, through: Callable[[nn.Module], bool]) -> bool:
+        """Whether anything between the call `node` and its target may change a tensor in place."""
+        end = self.target(node, through)
+        for later in itertools.takewhile(lambda n: self.module_of.get(n) is not end, _after(node)):
+            module = self.module_of.get(later)
+            if module is not None and module not in self.closed:
+                parts: list[Any] = [] if through(module) else [*module.modules()]
+                if any(getattr(part, "inplace", False) for part in parts):
+                    return True
+            elif later.op.startswith("call"):
+                name = str(getattr(later.target, "__name__", later.target))
+                own = name.endswith("_") and not name.endswith("__")
+                if module is not None or own or later.kwargs.get("inplace") or name in _IN_PLACE:
+                    return True
+        return False
+
     def reason(self, node: fx.Node, through: Callable[[nn.Module], bool]) -> str:
         """Why the call `node` has no layer before it: for people."""
         before = _input(node)
@@ -226,6 +244,12 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     """The forward's arguments that need not be given."""
     parameters = inspect.signature(module.forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _after(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes behind this one, in the order of the forward."""
+    while (node := node.next).op != "root":
+        yield node
 
 
 def _attribute(root: nn.Module, target: Any) -> Any:

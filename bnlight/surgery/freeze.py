@@ -8,7 +8,8 @@ from torch.nn.utils import parametrize
 
 from bnlight.norm.paths import Patterns, chosen, paths_of
 from bnlight.surgery.dress import Dress, dress, undress
-from bnlight.surgery.parameters import ALL_NORMS, warn_of_scripted
+from bnlight.surgery.known import is_norm
+from bnlight.surgery.parameters import warn_of_scripted
 
 
 class Frozen(Dress):
@@ -60,7 +61,7 @@ def freeze_norm(
     >>> model[1].training, model[1].weight.requires_grad
     (False, False)
     """
-    paths = paths_of(model, ALL_NORMS)
+    paths: dict[nn.Module, list[str]] = paths_of(model, is_norm)
     if include is not None or exclude is not None:
         paths = {layer: [path] for layer, path in chosen("freeze_norm", paths, include, exclude).items()}
     else:

@@ -6,17 +6,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from bnlight.norm import Norm
 from bnlight.norm.weight import is_weight_norm
-
-TORCH_NORMS: tuple[type[nn.Module], ...] = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-ALL_NORMS: tuple[type[nn.Module], ...] = (Norm, *TORCH_NORMS)
-"""The base classes of bnlight's and torch's norms."""
+from bnlight.surgery.known import TORCH_NORMS as TORCH_NORMS
+from bnlight.surgery.known import is_norm, known
 
 _NAMED_NORM = re.compile(r"Norm(alization)?(?![a-z])")
 
@@ -71,16 +66,16 @@ def warn_of_scripted(what: str, model: nn.Module, *, buffer: str | None = None) 
 
 def _undecayed(module: nn.Module) -> Iterator[nn.Parameter]:
     """The module's own parameters that should not decay."""
-    known = isinstance(module, ALL_NORMS)
+    norm = is_norm(module)
     named = is_named_norm(type(module).__name__)
     length = "original0" if is_weight_norm(module) else None
     for name, parameter in module.named_parameters(recurse=False):
-        if known or _is_bias(name) or name == length or (named and _is_flat(parameter)):
+        if norm or _is_bias(name) or name == length or (named and _is_flat(parameter)):
             yield parameter
     if parametrize.is_parametrized(module):
         assert isinstance(module.parametrizations, nn.ModuleDict)
         for name, ways in module.parametrizations.items():
-            if known or _is_bias(name):
+            if norm or _is_bias(name):
                 yield from ways.parameters()
 
 
@@ -95,9 +90,10 @@ def _is_flat(parameter: nn.Parameter) -> bool:
 def affine_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The norms' own parameters with their names in the layer, shared ones once."""
     seen: set[nn.Parameter] = set()
+    own = {*model.parameters()}
     for module in model.modules():
-        if isinstance(module, ALL_NORMS):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter not in seen:
+        if (found := known(module)) is not None:
+            for name, parameter in found.norm.named_parameters(recurse=False):
+                if parameter in own and parameter not in seen:
                     seen.add(parameter)
                     yield name, parameter

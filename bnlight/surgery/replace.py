@@ -10,21 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnlight.norm import LayerNorm, Norm
 from bnlight.norm.batch import BatchStatistics
-from bnlight.norm.paths import unwrapped
+from bnlight.norm.paths import named_layers, unwrapped
 from bnlight.norm.sync import Meeting
 from bnlight.surgery import replace_carry as carry
 from bnlight.surgery.dress import own_class, worn
+from bnlight.surgery.known import KNOWN, Activated, Known, base_of, known
 from bnlight.surgery.replace_factory import Factory, NormFactory, wrong_axis
 from bnlight.surgery.replace_groups import Optimizers, as_list, follow
-from bnlight.surgery.replace_kinds import (
-    MADE,
-    Activated,
-    base_of,
-    beyond,
-    core_of,
-    is_unseen,
-    obstacle,
-)
+from bnlight.surgery.replace_kinds import MADE, beyond, core_of, is_unseen, obstacle
 from bnlight.surgery.replace_places import exchange
 from bnlight.surgery.replace_report import Report, Row
 from bnlight.surgery.replace_select import Selector, chosen, norms_of, refuse_sharded
@@ -101,7 +94,7 @@ def replace_norm(
 
 @dataclass(frozen=True)
 class _Swap:
-    old: nn.Module
+    known: Known
     new: nn.Module
     row: Row
 
@@ -129,7 +122,9 @@ def _plan(
                 f"replace_norm: {where} is lazy and has seen no input, so that the number of its channels is unknown; "
                 "run a batch through the model first"
             )
-        new = _made(factory, old, root, where)
+        found = known(old)
+        assert found is not None
+        new = _made(factory, found.norm, root, where)
         if new in made:
             raise ValueError(f"replace_norm: for {where} the factory gave a layer that it had given before")
         made.add(new)
@@ -141,11 +136,11 @@ def _plan(
         if lost and policy == "refuse":
             refused.setdefault(f"{kind.__name__} would lose its {', '.join(lost)}", []).append(paths[0])
             continue
-        row = _row(old, new, factory.explicit, copies, lost)
+        row = _row(old, found, new, factory.explicit, copies, lost)
         if _are_the_same(old, new):
             left[old] = "it is so already"
         else:
-            swaps[old] = _Swap(old, new, row)
+            swaps[old] = _Swap(found, new, row)
     if refused:
         reasons = (f"{what} ({_some(places)})" for what, places in refused.items())
         raise ValueError(
@@ -156,8 +151,9 @@ def _plan(
 
 
 def _are_the_same(old: nn.Module, new: nn.Module) -> bool:
-    """Whether there is nothing to replace: of bnlight's layers, the text shows all settings."""
-    if not isinstance(new, Norm) or own_class(new) is not own_class(old) or repr(new) != repr(old):
+    """Whether there is nothing to replace: of bnlight's and torch's layers, the text shows all settings."""
+    known_kind = isinstance(new, Norm) or own_class(new) in KNOWN
+    if not known_kind or own_class(new) is not own_class(old) or repr(new) != repr(old):
         return False
     buffers = zip(new.buffers(), old.buffers(), strict=True)
     return all(a is b for a, b in zip(new.parameters(), old.parameters(), strict=True)) and all(
@@ -183,14 +179,16 @@ def _made(factory: Factory, old: nn.Module, root: nn.Module, where: str) -> nn.M
     return new
 
 
-def _row(old: nn.Module, new: nn.Module, explicit: set[str], copies: carry.Copies, lost: list[str]) -> Row:
+def _row(
+    old: nn.Module, found: Known, new: nn.Module, explicit: set[str], copies: carry.Copies, lost: list[str]
+) -> Row:
     core = core_of(new)
     had = [name for name, _ in [*core.named_parameters(), *core.named_buffers()]]
-    carried, dropped = carry.carry_state(old, core, explicit, copies)
+    carried, dropped = carry.carry_state(old, found, core, explicit, copies)
     new.train(old.training)
     if base_of(new) is None:
         vars(new)[MADE] = True
-    for source, target in zip(carry.carry_settings(old, core), (carried, dropped), strict=True):
+    for source, target in zip(carry.carry_settings(found.norm, core), (carried, dropped), strict=True):
         target.extend(source)
     if hooks := carry.number_of_hooks(old):
         carried.append(f"{hooks} hook{'s'[: hooks > 1]}")
@@ -225,7 +223,7 @@ def _exchanged(
 def _commit(model: nn.Module, root: nn.Module, swaps: dict[nn.Module, _Swap]) -> list[str]:
     for old, swap in swaps.items():
         carry.carry_hooks(old, swap.new)
-        carry.carry_dress(old, core_of(swap.new))
+        carry.carry_dress(old, swap.known, core_of(swap.new))
     new_of = {id(old): swap.new for old, swap in swaps.items()}
     exchange(model.modules(), new_of)
     _renumber(root, {core_of(swap.new) for swap in swaps.values()})
@@ -235,7 +233,7 @@ def _commit(model: nn.Module, root: nn.Module, swaps: dict[nn.Module, _Swap]) ->
 def _renumber(root: nn.Module, new: set[nn.Module]) -> None:
     """Let the synchronized layers meet under the numbers and paths that they have in the model now."""
     kinds = BatchStatistics | Synchronized
-    layers: dict[Any, str] = {m: path for path, m in root.named_modules() if isinstance(m, kinds)}
+    layers: dict[Any, str] = {m: path for path, m in named_layers(root) if isinstance(m, kinds)}
     if not any(layer in new and layer.process_group for layer in layers):
         return
     width = max(1 + 3 * layer.num_features for layer in layers)

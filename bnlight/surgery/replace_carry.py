@@ -14,15 +14,8 @@ from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sync import Meeting
 from bnlight.surgery.dress import dress, own_class, worn
 from bnlight.surgery.freeze import Frozen
-from bnlight.surgery.replace_kinds import (
-    STATISTICS,
-    Activated,
-    attributes,
-    base_of,
-    channels,
-    is_activated,
-    settings,
-)
+from bnlight.surgery.known import Activated, Known, base_of, follow
+from bnlight.surgery.replace_kinds import STATISTICS, attributes, channels, settings
 from bnlight.surgery.synchronized import Synchronized, synchronize
 
 _HOOKS = (
@@ -45,10 +38,11 @@ Copies = dict[int, nn.Parameter]
 
 
 def carry_state(
-    old: nn.Module, new: nn.Module, explicit: set[str], copies: Copies
+    layer: nn.Module, known: Known, new: nn.Module, explicit: set[str], copies: Copies
 ) -> tuple[list[str], list[str]]:
-    """Give the new layer all it can have of the old one's, which stays as it is; what was carried, and dropped."""
+    """Give the new norm all it can have of the old layer's, which stays as it is; what was carried, and dropped."""
     carried: list[str] = []
+    old = known.norm
     same = own_class(new) is own_class(old)
     computed = [*getattr(old, "parametrizations", {})]
     for name in ("weight", "bias") if not same else [*new._parameters]:
@@ -71,11 +65,10 @@ def carry_state(
     for parameter in new.parameters() if frozen else ():
         parameter.requires_grad_(False)
     new.train(old.training)
-    if is_activated(old):
-        for name in ("drop", "act"):
-            new.add_module(name, old.get_submodule(name))
-            carried.append(name)
-    for name, value in attributes(old).items():
+    if known.then:
+        follow(new, known.then)
+        carried += known.then
+    for name, value in attributes(layer).items():
         if same or not hasattr(new, name):
             vars(new)[name] = value
             carried.append(name)
@@ -115,7 +108,7 @@ def _carry_parametrization(old: nn.Module, new: nn.Module, name: str) -> None:
 
 
 def carry_settings(old: nn.Module, new: nn.Module) -> tuple[list[str], list[str]]:
-    """Which of the old layer's settings the new one has too, and which not: those that say something."""
+    """Which of the old norm's settings the new one has too, and which not: those that say something."""
     base = base_of(old)
     assert base is not None
     usual = {name: p.default for name, p in inspect.signature(base).parameters.items()}
@@ -152,12 +145,12 @@ def number_of_hooks(module: nn.Module) -> int:
     )
 
 
-def carry_dress(old: nn.Module, new: nn.Module) -> None:
+def carry_dress(old: nn.Module, known: Known, new: nn.Module) -> None:
     """The behaviour that the old layer was given in place: `freeze_norm`'s, and those that are not known here."""
-    if is_activated(old):
+    if known.then:
         dress(new, Activated)
     for behaviour in reversed(worn(old)):
-        if behaviour is Synchronized:
+        if behaviour in (Activated, Synchronized):
             continue
         if behaviour is Frozen:
             mode, flags = vars(old)["_thawed"]

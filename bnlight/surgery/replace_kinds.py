@@ -7,109 +7,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import batchnorm, instancenorm
+from torch.nn.modules import batchnorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from bnlight.norm import NORMS, MeanOnlyBatchNorm, Norm, NormLSTM
-from bnlight.norm.batch import BatchStatistics
-from bnlight.norm.sample import SampleStatistics
-from bnlight.surgery.dress import Dress, own_class
+from bnlight.norm import MeanOnlyBatchNorm, Norm, NormLSTM
+from bnlight.surgery.dress import own_class
+from bnlight.surgery.known import INERT, THEN, base_of, known, registered
 from bnlight.surgery.parameters import is_named_norm, is_scripted_norm
-
-KNOWN: frozenset[type[nn.Module]] = frozenset(
-    {
-        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, batchnorm._BatchNorm),
-        *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
-        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, instancenorm._InstanceNorm),
-        *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
-        *(nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
-        *(*NORMS.values(), MeanOnlyBatchNorm, BatchStatistics, SampleStatistics, Norm),
-    }
-)
-"""The classes whose behaviour is known; other norms are subclasses of these, or left alone."""
-
-SAME: dict[str, int] = {
-    "timm.layers.norm.GroupNorm": 1,
-    "timm.layers.norm.GroupNorm1": 1,
-    "timm.layers.norm.LayerNorm": -1,
-    "timm.layers.norm.LayerNormFp32": -1,
-    "timm.layers.norm.LayerNorm2d": 1,
-    "timm.layers.norm.LayerNorm2dFp32": 1,
-    "torchvision.models.convnext.LayerNorm2d": 1,
-}
-"""Subclasses of torch's norms whose own forward computes what their base does, and the axis of their channels."""
-
-ACTIVATED: frozenset[str] = frozenset(
-    f"timm.layers.norm_act.{name}"
-    for name in (
-        *("BatchNormAct2d", "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormActFp32"),
-        *("LayerNormAct2d", "LayerNormAct2dFp32"),
-    )
-)
-"""Subclasses of torch's norms that are followed by their own `drop` and `act`."""
 
 MADE = "_made_by_replace_norm"
 """Attribute of the modules of foreign classes that factories have made, whose insides are nobody's business."""
 
 CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
-_ELSEWHERE = {"_compiled_call_impl", "_sync", "_thawed"}
+_ELSEWHERE = {"_compiled_call_impl", "_sync", "_thawed", THEN}
 """Attributes that are carried, or reported, in a way of their own."""
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _STATE = ("_parameters", "_buffers", "_modules")
-_INERT = {
-    "__init__",
-    "__doc__",
-    "__module__",
-    "__qualname__",
-    "__annotations__",
-    "__annotate__",
-    "__signature__",
-} | {
-    *("__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__"),
-    *(
-        "__constants__",
-        "__parameters__",
-        "__orig_bases__",
-        "__dict__",
-        "__weakref__",
-        "_check_input_dim",
-        "__repr__",
-        "extra_repr",
-    ),
-}
-
-
-def base_of(module: nn.Module) -> type[nn.Module] | None:
-    """The known norm that the module is or descends from."""
-    return next((kind for kind in own_class(module).__mro__ if kind in KNOWN), None)
-
-
-class Activated(Dress):
-    """A norm and then its children `drop` and `act`, as in timm."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The norm's output, dropped and activated."""
-        me: Any = self
-        return me.act(me.drop(super().forward(*args, **kwargs)))  # type: ignore[misc]
-
-
-def is_activated(module: nn.Module) -> bool:
-    """Whether the layer's children `drop` and `act` follow it."""
-    return _name(own_class(module)) in ACTIVATED or isinstance(module, Activated)
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def resembles_norm(module: nn.Module) -> bool:
     """Whether the module is a known norm, or looks like another library's: by name, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
         return is_scripted_norm(module)
-    if base_of(module) is not None or isinstance(module, NormLSTM) or MADE in vars(module):
+    if known(module) is not None or isinstance(module, NormLSTM) or MADE in vars(module):
         return True
     if not is_named_norm(own_class(module).__name__):
         return False
@@ -129,12 +50,8 @@ def channel_dim(module: nn.Module) -> int:
     """Which axis of its input holds the layer's channels: 1 or -1."""
     if isinstance(module, Norm):
         return module.channel_dim
-    kind = own_class(module)
-    known = SAME.get(_name(kind))
-    if known is not None:
-        return known
-    # LayerNorm2d, LayerNormAct2d: a layer norm of images, over their channels.
-    return -1 if isinstance(module, CHANNELS_LAST) and not re.search(r"\dd", kind.__name__) else 1
+    # A subclass LayerNorm2d is taken for one of images, over their channels.
+    return -1 if isinstance(module, CHANNELS_LAST) and not re.search(r"\dd", own_class(module).__name__) else 1
 
 
 def channels(module: nn.Module) -> int:
@@ -198,8 +115,9 @@ def obstacle(module: nn.Module) -> str | None:
         return "its steps are built for their norm: make another NormLSTM(norm=...)"
     if MADE in vars(module):
         return "made by the factory of an earlier call, of a class that is not known"
-    if base_of(module) is None:
+    if (found := known(module)) is None:
         return "a norm of another library, of which only the name is known"
+    module = found.norm
     if isinstance(module, CHANNELS_LAST) and len(module.normalized_shape) > 1:
         return f"it normalizes over {len(module.normalized_shape)} axes, {tuple(module.normalized_shape)}"
     if (
@@ -220,21 +138,20 @@ def is_unseen(module: nn.Module) -> bool:
 
 def beyond(module: nn.Module) -> list[str]:
     """What the layer does or has that its known base does not: it would be lost."""
-    base = base_of(module)
-    assert base is not None
-    kind = own_class(module)
-    if _name(kind) in SAME | dict.fromkeys(ACTIVATED):
+    if registered(module) is not None:
         return []
-    known, found = set(base.__mro__), dict[str, None]()
+    base, kind = base_of(module), own_class(module)
+    assert base is not None
+    bases, found = set(base.__mro__), dict[str, None]()
     for ancestor in kind.__mro__:
-        if ancestor not in known:
-            names = vars(ancestor).keys() - _INERT
+        if ancestor not in bases:
+            names = vars(ancestor).keys() - INERT
             found |= {f"{name}()" if callable(vars(ancestor)[name]) else name: None for name in sorted(names)}
     for name in sorted(vars(module).keys() - _reference(base)):
         if callable(getattr(kind, name, None)):
             found[f"{name}() of the instance"] = None
     usual = {"parametrizations", *getattr(module, "parametrizations", ())}
-    usual |= {"drop", "act"} if is_activated(module) else set()
+    usual |= {*vars(module).get(THEN, ())}
     for state in _STATE:
         names = getattr(module, state).keys() - _reference_state(base, state) - usual
         found |= dict.fromkeys(sorted(names))
@@ -242,10 +159,10 @@ def beyond(module: nn.Module) -> list[str]:
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """What somebody has set on the layer beside the attributes that its known base has."""
-    base = base_of(module)
-    assert base is not None
-    kind = own_class(module)
+    """What somebody has set on the layer beside the attributes that its base has; nothing if that is not known."""
+    base, kind = base_of(module), own_class(module)
+    if base is None:
+        return {}
     names = vars(module).keys() - _reference(base) - _ELSEWHERE
     return {name: vars(module)[name] for name in sorted(names) if not callable(getattr(kind, name, None))}
 

@@ -9,7 +9,8 @@ from torch.nn.utils import parametrize
 
 from bnlight.norm.paths import is_compiled, matching
 from bnlight.surgery.dress import own_class
-from bnlight.surgery.replace_kinds import base_of, resembles_norm
+from bnlight.surgery.known import known
+from bnlight.surgery.replace_kinds import resembles_norm
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A pattern of paths, a class, or a function of path and layer."""
@@ -27,7 +28,7 @@ class _Nothing:
 
 def norms_of(root: nn.Module) -> dict[nn.Module, list[str]]:
     """Every norm with all its paths; ValueError if the model is one."""
-    if base_of(root) is not None:
+    if known(root) is not None:
         raise ValueError(
             f"replace_norm: the model is itself a norm, {type(root).__name__}, which cannot be exchanged in place; "
             "put it into a torch.nn.Sequential, or make the new layer instead"

@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnlight.norm.batch import BatchStatistics
+from bnlight.norm.paths import named_layers
 from bnlight.norm.sync import Meeting, ProcessGroup
 from bnlight.surgery.parameters import warn_of_scripted
 from bnlight.surgery.synchronized import Synchronized, synchronize, unsynchronize
@@ -48,7 +49,7 @@ def sync_norm(
         )
     layers = {
         module: path
-        for path, module in model.named_modules()
+        for path, module in named_layers(model)
         if isinstance(module, BatchStatistics | _BatchNorm)
     }
     warn_of_scripted("sync_norm", model, buffer="running_mean")
