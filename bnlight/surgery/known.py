@@ -174,12 +174,12 @@ def follow(norm: nn.Module, then: dict[str, nn.Module]) -> None:
 # What timm, torchvision and transformers have.
 
 
-def _by_class(layer: Any) -> nn.Module:
+def by_class(layer: Any) -> nn.Module:
     """torch's norm, as which the layer begins, and its children."""
     return nn.Sequential(_as(_torch_base(layer), layer), *layer.children())
 
 
-def _by_looking(layer: Any) -> nn.Module | None:
+def by_looking(layer: Any) -> nn.Module | None:
     """The norm of single samples, and the children behind it, that give the layer's output for random parameters."""
     base, parameters = _torch_base(layer), {*layer._parameters, *getattr(layer, "parametrizations", ())}
     eps = next((vars(layer)[name] for name in ("eps", "variance_epsilon") if name in vars(layer)), None)
@@ -279,6 +279,6 @@ def _as(kind: Any, layer: nn.Module) -> nn.Module:
 
 
 for _class in ("BatchNormAct2d", "SyncBatchNormAct"):
-    register_norm(f"timm.layers.norm_act.{_class}", _by_class)
+    register_norm(f"timm.layers.norm_act.{_class}", by_class)
 for _library in ("timm", "torchvision", "transformers"):
-    register_norm(f"{_library}.*Norm*", _by_looking)
+    register_norm(f"{_library}.*Norm*", by_looking)
