@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnlight.norm.paths import fitting, plain
+from bnlight.norm.paths import fitting, named_layers, plain
 from bnlight.surgery.known import is_norm
 
 PREFIXES = ("", "model.", "module.", "module.model.")
@@ -34,12 +34,10 @@ def initialize(module: nn.Module, file: str | Path) -> str:
     wanted = module.state_dict()
     given = {plain(key): value for key, value in given.items()}
     strip, add = _prefixes(given, {*map(plain, wanted)})
-    renamed = {
-        add + key.removeprefix(strip): value for key, value in given.items() if key.startswith(strip)
-    }
-    renamed = fitting(renamed, wanted)
+    ours = {add + key.removeprefix(strip): value for key, value in given.items() if key.startswith(strip)}
+    renamed = fitting(ours, wanted)
     ignored = [key for key in given if not key.startswith(strip)]
-    modules = dict(module.named_modules())
+    modules = dict(named_layers(module))
     loaded = {key: value for key, value in renamed.items() if key in wanted}
     _refuse_shapes(file, loaded, wanted)
     others = [key for key in renamed if key not in wanted]
@@ -119,7 +117,7 @@ def _refuse_shapes(file: str | Path, loaded: Mapping[str, Tensor], wanted: Mappi
 
 
 def _owner(key: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
-    return modules.get(key.rpartition(".")[0])
+    return modules.get(plain(key).rpartition(".")[0])
 
 
 def _of_norm(key: str, modules: Mapping[str, nn.Module]) -> bool:
