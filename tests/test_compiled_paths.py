@@ -22,7 +22,7 @@ class Net(pl.LightningModule):
         self.save_hyperparameters()
         self.net: nn.Module = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
         if compiled:
-            self.net = torch.compile(self.net)
+            self.net = torch.compile(self.net, backend="eager")
 
 
 def saved(module: Net, path: Path, *, replaced: bool = False) -> Path:
