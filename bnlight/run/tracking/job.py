@@ -51,6 +51,10 @@ class JobLogger(WandbLogger):
                 self._try(self.experiment.summary.update, {f"best_{self._monitor}": value})
 
     @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        self._try(super().log_hyperparams, params)
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Called when training has ended, and again when the test has."""
         if status == "success" and self._model:
