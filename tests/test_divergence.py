@@ -52,7 +52,9 @@ def mine(project: Path) -> Path:
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
-    return {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("outputs/train/*/result.json"))}
+    return {
+        p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("outputs/train/*/result.json"))
+    }
 
 
 class Net(pl.LightningModule):
@@ -101,7 +103,12 @@ def test_a_loss_that_is_logged_nowhere_is_watched(tmp_path: Path, how: str, said
 
 
 def test_a_norm_whose_runs_turn_into_nan_does_not_win_by_the_one_that_is_left(mine: Path) -> None:
-    module = ["module=custom", "module._target_=mine.Silent", "replace_norm=true", "trainer.log_every_n_steps=3"]
+    module = [
+        "module=custom",
+        "module._target_=mine.Silent",
+        "replace_norm=true",
+        "trainer.log_every_n_steps=3",
+    ]
     watched = ["monitor.metric=val/mae", "monitor.mode=min"]
     assert main(["train", "-m", *SERIES, *module, *watched, "norm=batch", "seed=0,1,3"]) == 0
     diverged = {name.split("-s")[1][0]: one["diverged"] for name, one in results(mine).items()}
@@ -149,7 +156,9 @@ def test_no_infinity_is_the_best_score(tmp_path: Path, mode: str, first: float) 
     assert float(keep.best_model_score) == {"max": 2.0, "min": 1.0}[mode]
 
 
-def test_a_final_score_that_is_not_finite_is_kept_and_loses(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_final_score_that_is_not_finite_is_kept_and_loses(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "-m", *LATE, "norm=batch,layer", "seed=0,1", "+module.on=test",
                  "+module.until=0"]) == 0  # fmt: skip
     assert main(["train", "-m", *LATE, "norm=layer", "seed=2", "+module.on=test", "+module.until=99"]) == 0

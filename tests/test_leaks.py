@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def test_jobs_after_one_that_changes_its_process_are_where_and_what_they_should_
     assert not torch.is_anomaly_enabled()
     assert getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None) is None
     assert len(compare("outputs/train").runs) == 2
-    assert not os.path.exists("elsewhere/outputs")
+    assert not Path("elsewhere/outputs").exists()
 
 
 def test_the_logger_of_anybodys_module_is_the_wandb_logger(project: Path) -> None:

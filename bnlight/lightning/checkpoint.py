@@ -23,8 +23,8 @@ class Checkpoint(ModelCheckpoint):
     The checkpoint holds the metrics of the moment it was taken, `checkpoint["metrics"]`, and of the module's
     hyperparameters the plain ones and tensors, so that it loads with `weights_only=True`. A job that resumes
     after its folder has moved still knows which checkpoint was best: Lightning would forget the score, and
-    overwrite the best with the next one. A score that is not finite is the worst there is. A `monitor` that was not logged is an error also where nothing is
-    validated; it lists what was logged.
+    overwrite the best with the next one. A score that is not finite is the worst there is. A `monitor` that was not
+    logged is an error also where nothing is validated; it lists what was logged.
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

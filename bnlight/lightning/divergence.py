@@ -39,7 +39,9 @@ class StopOnDivergence(pl.Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if not pl_module.automatic_optimization and getattr(trainer.precision_plugin, "scaler", None) is None:
-            self._seen.append(("the training loss", loss.detach()))  # a scaled one may be infinite once in a while
+            self._seen.append(
+                ("the training loss", loss.detach())
+            )  # a scaled one may be infinite once in a while
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,4 +77,3 @@ def _logged(trainer: pl.Trainer) -> Iterator[tuple[str, Tensor]]:
 
 def _said(name: str, value: Tensor) -> str:
     return f"{name} is {float(value.detach()[~torch.isfinite(value)][0])}"
-

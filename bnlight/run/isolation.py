@@ -29,7 +29,8 @@ def isolated() -> Iterator[None]:
     """Give back, at the end of the block, what a training changes in its process.
 
     That is: the working directory, environment, import path and streams, seeds and generators, torch's global
-    switches, the process group, signal handlers, and memory of the accelerator. A process that the job has forked ends with the block.
+    switches, the process group, signal handlers, and memory of the accelerator. A process that the job has forked
+    ends with the block.
     """
     process, folder, streams = os.getpid(), Path.cwd(), (sys.stdout, sys.stderr)
     path, device = [*sys.path], getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)

@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 class JobLogger(WandbLogger):
     """Logs a job's metrics; the best value so far of the monitored one is `best_<metric>` in the run's summary.
 
-    W&B's own process may be gone (SLURM's SIGTERM reaches it too), or the module has ended the run: the job goes on, since `metrics.csv` has it
-    all. With `log_model="best"`, `checkpoints/best.ckpt` becomes the run's artifact when training has ended.
+    W&B's own process may be gone (SLURM's SIGTERM reaches it too), or the module has ended the run: the job
+    goes on, since `metrics.csv` has it all. With `log_model="best"`, `checkpoints/best.ckpt` becomes the run's
+    artifact when training has ended.
     """
 
     def __init__(
