@@ -206,7 +206,7 @@ def test_a_diverged_job_is_a_result_of_its_own_kind(
     arguments = ["train", "-m", *SMALL, "norm=none", "optimizer.lr=1e30,0.1", "trainer.log_every_n_steps=5"]
     assert main([*arguments, "trainer.max_epochs=3"]) == 0
     output = capsys.readouterr().out
-    assert "diverged (train/loss is nan at step 10)" in output
+    assert "diverged (the training loss is nan at step 5)" in output
     assert "1 diverged" in output
     states = {
         path.parent.name: read_status(path.parent) for path in project.glob("outputs/train/*/status.json")

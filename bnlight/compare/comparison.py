@@ -182,6 +182,7 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
         names = ", ".join(sorted(str(name) for name in runs if "/" in str(name))) or "none"
         raise ValueError(f"no run in {shown} has the metric {question.metric!r}; there are: {names}")
     metric = question.metric or pick_metric(runs, monitor)
+    runs = _judged(runs, metric)
     validation = validation_metric(metric, runs, monitor)
     axes, untuned = _axes(read, question, validation, bool((runs["state"] == "done").any()))
     repeats = repeats_of(read.configs, axes)
@@ -213,6 +214,17 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
         evidence=evidence,
         caveats=[*left_out, *untuned, *limits, *evidence.notes],
     )
+
+
+def _judged(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The runs, those that are done but whose `metric` is not finite taken for diverged: they are no survivors."""
+    if "not_finite" not in runs:
+        return runs
+    name = metric.removeprefix("best_")
+    told = runs["not_finite"].map(lambda names: name in str(names).split(" "))
+    judged, lost = runs.copy(), told & (runs["state"] == "done") & runs[metric].isna()
+    judged.loc[lost, ["state", "error"]] = ["diverged", f"{name} is not finite"]
+    return judged
 
 
 def _filtered(read: Runs, where: Sequence[str]) -> tuple[Runs, list[str]]:

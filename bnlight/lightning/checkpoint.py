@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from bnlight.lightning.classifier import is_plain
 
@@ -21,8 +23,8 @@ class Checkpoint(ModelCheckpoint):
     The checkpoint holds the metrics of the moment it was taken, `checkpoint["metrics"]`, and of the module's
     hyperparameters the plain ones and tensors, so that it loads with `weights_only=True`. A job that resumes
     after its folder has moved still knows which checkpoint was best: Lightning would forget the score, and
-    overwrite the best with the next one. A `monitor` that was not logged is an error also where nothing is
-    validated; it lists what was logged.
+    overwrite the best with the next one. A score that is not finite is the worst there is. A `monitor` that was not
+    logged is an error also where nothing is validated; it lists what was logged.
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -35,6 +37,13 @@ class Checkpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with self._told(trainer):
             super().on_validation_end(trainer, pl_module)
+
+    def _save_monitor_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        score = monitor_candidates.get(str(self.monitor))
+        if score is not None and not torch.isfinite(score):
+            worst = -math.inf if self.mode == "max" else math.inf
+            monitor_candidates = monitor_candidates | {str(self.monitor): torch.full_like(score, worst)}
+        super()._save_monitor_checkpoint(trainer, monitor_candidates)
 
     @contextlib.contextmanager
     def _told(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -59,7 +68,7 @@ class Checkpoint(ModelCheckpoint):
         checkpoint["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         given = checkpoint.get(pl_module.CHECKPOINT_HYPER_PARAMS_KEY, {})
         if isinstance(given, dict):
-            kept = {k: v for k, v in given.items() if is_plain(v) or isinstance(v, torch.Tensor)}
+            kept = {k: v for k, v in given.items() if is_plain(v) or isinstance(v, Tensor)}
             checkpoint[pl_module.CHECKPOINT_HYPER_PARAMS_KEY] = kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

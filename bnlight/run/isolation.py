@@ -28,10 +28,13 @@ log = logging.getLogger(__name__)
 def isolated() -> Iterator[None]:
     """Give back, at the end of the block, what a training changes in its process.
 
-    That is: environment, seeds and generators, torch's global switches, the process group, signal handlers,
-    and memory of the accelerator. A process that the job has forked ends with the block.
+    That is: the working directory, environment, import path and streams, seeds and generators, torch's global
+    switches, the process group, signal handlers, and memory of the accelerator. A process that the job has forked
+    ends with the block.
     """
-    process = os.getpid()
+    process, folder, streams = os.getpid(), Path.cwd(), (sys.stdout, sys.stderr)
+    path, device = [*sys.path], getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    gradients, anomaly = torch.is_grad_enabled(), torch.is_anomaly_enabled()
     environment = dict(os.environ)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     deterministic = (
@@ -53,6 +56,14 @@ def isolated() -> Iterator[None]:
             _end_fork()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        if Path.cwd() != folder:
+            log.warning("the job has left the working directory %s: back to %s", Path.cwd(), folder)
+            os.chdir(folder)
+        sys.path[:], (sys.stdout, sys.stderr) = path, streams
+        torch.set_grad_enabled(gradients)
+        torch.autograd.set_detect_anomaly(anomaly)
+        if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None) is not device:
+            torch.set_default_device(None if device is None else device.device)
         os.environ.clear()
         os.environ.update(environment)
         random.setstate(states[0])

@@ -37,8 +37,8 @@ from bnlight.run.survive.command import note
 def run_job(config: DictConfig) -> float | None:
     """The Hydra task: run the job of `config` unless that was done before, and return its validation score.
 
-    NaN if it has diverged, None if it has no score or runs elsewhere. Raises JobFailed after the failure was
-    recorded in the job's directory.
+    NaN if it has diverged or the score is not finite, None if it has no score or runs elsewhere. Raises JobFailed
+    after the failure was recorded in the job's directory.
     """
     hydra: Any = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
@@ -63,8 +63,10 @@ def run_job(config: DictConfig) -> float | None:
     result = read_json(directory / "result.json")
     if result.get("diverged"):
         return math.nan
-    score = result.get("metrics", {}).get((resolved.get("monitor") or {}).get("metric"))
-    return None if score is None else float(score)
+    metrics, metric = result.get("metrics", {}), (resolved.get("monitor") or {}).get("metric")
+    if metric not in metrics:
+        return None
+    return math.nan if metrics[metric] is None else float(metrics[metric])  # null: it was not finite
 
 
 def _led(config: dict[str, Any], directory: Path, label: str) -> bool:

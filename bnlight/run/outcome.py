@@ -52,5 +52,7 @@ def scores(directory: Path, config: dict[str, Any]) -> str:
     metrics = read_json(directory / "result.json").get("metrics", {})
     monitored = (config.get("monitor") or {}).get("metric") or ""
     names = dict.fromkeys((monitored, re.sub(r"^val(?=[/_])", "test", monitored)))
-    shown = {name: metrics[name] for name in names if metrics.get(name) is not None}
-    return "".join(f"  {name} {value:.4f}" for name, value in shown.items())
+    shown = {name: metrics[name] for name in names if name in metrics}
+    return "".join(
+        f"  {name} {'not finite' if value is None else format(value, '.4f')}" for name, value in shown.items()
+    )

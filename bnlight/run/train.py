@@ -15,6 +15,7 @@ import torch
 from hydra.utils import get_object
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import complete, instantiate
@@ -65,11 +66,13 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
         log.info("%s", initialize(module, weights_file(config["init_from"])))
     loggers: list[Any] = [MetricsFile(directory, attempt=status.get("attempt", 1))]
     tracker = None
-    if config["logger"].get("_target_") and this_rank() == 0:
+    if config["logger"].get("_target_") and this_rank() > 0:
+        loggers.insert(0, DummyLogger())  # `self.logger` takes the same calls on every rank
+    elif config["logger"].get("_target_"):
         idle = unused(config)
         used = {name: value for name, value in config.items() if name not in idle}
         tracker = instantiate(config["logger"])(used, directory, status["wandb_id"])
-        loggers.append(tracker)
+        loggers.insert(0, tracker)  # `self.logger` of anybody's module
         if url := run_url(tracker.experiment):
             update_status(directory, wandb_url=url)
     ended, measures = "failed", dict[str, Any]()

@@ -66,7 +66,10 @@ def row_of(
         "hardware": _pairs(result.get("hardware")),
         "url": result.get("wandb_url") or status.get("wandb_url"),
     }
-    for metric, value in mapping(result.get("metrics")).items():
+    metrics = mapping(result.get("metrics"))
+    if lost := [str(name) for name, value in metrics.items() if _not_finite(value)]:
+        row["not_finite"] = " ".join(lost)
+    for metric, value in metrics.items():
         row[str(metric) if metric not in row else f"result/{metric}"] = number(value)
     return row
 
@@ -116,6 +119,14 @@ def number(value: Any) -> float:
     except (ValueError, OverflowError):
         return math.nan
     return found if math.isfinite(found) else math.nan
+
+
+def _not_finite(value: Any) -> bool:
+    """Whether this is what is left of a NaN or an infinity; a job's files have null."""
+    try:
+        return value is None or not math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def first_line(error: Any) -> str | None:

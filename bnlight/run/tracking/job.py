@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 class JobLogger(WandbLogger):
     """Logs a job's metrics; the best value so far of the monitored one is `best_<metric>` in the run's summary.
 
-    W&B's own process may be gone (SLURM's SIGTERM reaches it too): the job goes on, since `metrics.csv` has it
-    all. With `log_model="best"`, `checkpoints/best.ckpt` becomes the run's artifact when training has ended.
+    W&B's own process may be gone (SLURM's SIGTERM reaches it too), or the module has ended the run: the job
+    goes on, since `metrics.csv` has it all. With `log_model="best"`, `checkpoints/best.ckpt` becomes the run's
+    artifact when training has ended.
     """
 
     def __init__(
@@ -51,6 +52,10 @@ class JobLogger(WandbLogger):
                 self._try(self.experiment.summary.update, {f"best_{self._monitor}": value})
 
     @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        self._try(super().log_hyperparams, params)
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Called when training has ended, and again when the test has."""
         if status == "success" and self._model:
@@ -59,9 +64,11 @@ class JobLogger(WandbLogger):
 
     def _try(self, send: Callable[..., object], *arguments: Any) -> None:
         if not self._gone:
+            import wandb
+
             try:
                 send(*arguments)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, wandb.Error) as error:
                 self._gone = True
                 log.warning("W&B takes no more of this job: %s", error)
 

@@ -111,8 +111,12 @@ def finish_run(run: Any, state: str, measures: Mapping[str, Any]) -> None:
 
     `state` is `done`, `diverged`, or, for the exit code 1, `failed`, `preempted` or `interrupted`.
     """
+    import wandb
+
     known = {name: value for name, value in measures.items() if value is not None}
     try:
+        if wandb.run is not None and wandb.run is not run:  # one that the module has begun
+            wandb.finish()
         run.summary.update({STATE: state, **known})
         run.finish(exit_code=0 if state in ("done", "diverged") else 1)
     except Exception as error:  # SLURM's SIGTERM reaches W&B's process too, which then is gone
