@@ -32,16 +32,17 @@ def refuse_idle_keys(config: Config) -> None:
     """Raise ValueError for a key that was set, and that nothing would read, as far as the config alone can tell."""
     for key, text in typed(config).items():
         group, _, name = key.partition(".")
-        section = config.get(group)
+        section: Any = config.get(group) or {}
         if group == "trainer" and name in SET_BY_US and section.get(name, False) is not False:
-            raise ValueError(f"{text} would have no effect: bnlight sets that itself. Instead: {SET_BY_US[name]}")
-        if group in ("weight", "sync", "scheduler") and name and isinstance(section, Mapping):
-            if not section.get("_target_"):
-                raise ValueError(
-                    f"{text} would have no effect: there is no {group} in this job. Choose one ({group}=...), or leave "
-                    "the key out"
-                )
-        if key == "monitor.mode" and (section or {}).get("metric") is None:
+            raise ValueError(
+                f"{text} would have no effect: bnlight sets that itself. Instead: {SET_BY_US[name]}"
+            )
+        if group in ("weight", "sync", "scheduler") and name and not section.get("_target_"):
+            raise ValueError(
+                f"{text} would have no effect: there is no {group} in this job. Choose one ({group}=...), or leave the "
+                "key out"
+            )
+        if key == "monitor.mode" and section.get("metric") is None:
             raise ValueError(f"{text} would have no effect: monitor.metric is null, so nothing is monitored")
 
 
@@ -153,4 +154,3 @@ def _settings(made: Any) -> Mapping[str, Any]:
     """What an optimizer was made with, or what a scheduler has for attributes."""
     defaults: Mapping[str, Any] = getattr(made, "defaults", None) or vars(made)
     return defaults
-

@@ -27,9 +27,7 @@ def likely(target: Any, overrides: Iterable[str]) -> list[str]:
     return [group for group in CHOICES if group not in typed]
 
 
-def divided(
-    choices: Mapping[str, str], without: Collection[str]
-) -> tuple[dict[str, str], dict[str, str]]:
+def divided(choices: Mapping[str, str], without: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
     """The choices that say what a job is, and those that say nothing of it. A module takes its model's place."""
     unused = {group: choices[group] for group in without if group in choices}
     used = {group: option for group, option in choices.items() if group not in without}
