@@ -106,7 +106,10 @@ def _together(axes: Axes, configs: pd.DataFrame) -> list[str]:
 
 def _per_norm(key: str, axes: Axes, configs: pd.DataFrame) -> list[tuple[str, object]]:
     settings = configs[[*axes.contenders, key]].drop_duplicates()
-    return [(axes.contender(row), row[key]) for row in map(dict, settings.to_dict("records"))]
+    rows = [
+        dict(zip(map(str, settings), row, strict=True)) for row in settings.itertuples(index=False, name=None)
+    ]
+    return [(axes.contender(row), row[key]) for row in rows]
 
 
 def _averaged(axes: Axes, configs: pd.DataFrame) -> list[str]:

@@ -33,13 +33,13 @@ class Factory(functools.partial):  # type: ignore[type-arg]  # generic for type 
         return super().__call__(*args, **kwargs)
 
     @property
-    def func(self) -> Any:  # type: ignore[override]
+    def func(self) -> Any:  # type: ignore[override,unused-ignore]
         """What it calls."""
         self.called = True
         return super().func
 
     @property
-    def keywords(self) -> dict[str, Any]:  # type: ignore[override]
+    def keywords(self) -> dict[str, Any]:  # type: ignore[override,unused-ignore]
         """What it calls that with."""
         self.reached |= super().keywords.keys()
         return super().keywords
