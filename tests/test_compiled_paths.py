@@ -29,7 +29,9 @@ def saved(module: Net, path: Path, *, replaced: bool = False) -> Path:
     """A checkpoint of Lightning's."""
     if replaced:
         replace_norms(module, "renorm")
-    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer = pl.Trainer(
+        logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
+    )
     trainer.strategy.connect(module)
     trainer.save_checkpoint(path / "saved.ckpt")
     return path / "saved.ckpt"

@@ -63,13 +63,17 @@ def varying_keys(runs: pd.DataFrame, configs: pd.DataFrame) -> list[str]:
 
     A key is shown if it varies and was typed in the sweep (it is among the overrides), or if the keys found
     before it do not determine it; so what follows from the choice of norm (`norm.r_max`) stays out. Keys that
-    follow the seed alone are repetitions, not settings.
+    follow the seed alone are repetitions, not settings. A group that is no part of the config (`experiment`) stands
+    for what it sets: where that is another norm, weight or sync, it is no key itself.
     """
     runs = runs.loc[configs.index]
     typed = _typed(runs["overrides"])
     names = [str(key) for key in configs]
     choices = {key for key in names if "." not in key}
     varying = [key for key in names if _is_setting(key, configs[key], runs["job"])]
+    if any(key in varying for key in _CONTENDERS):
+        bundles = {key for key in choices if _is_bundle(key, names, runs["overrides"])}
+        varying = [key for key in varying if key not in bundles]
     seeds = _codes(runs["seed"])
     repeated = len(set(seeds)) < len(seeds)
     groups = np.zeros(len(configs), dtype=np.int64)
@@ -160,6 +164,20 @@ def _is_setting(key: str, values: pd.Series, jobs: pd.Series) -> bool:
     if values.nunique(dropna=False) < 2:
         return False
     return not any(isinstance(v, str) and job in v for v, job in zip(values, jobs, strict=True))
+
+
+def _is_bundle(key: str, names: Sequence[str], overrides: pd.Series) -> bool:
+    """Whether a key is a group that was chosen with `+`, as it is no part of the config but sets parts of it."""
+    added = any(word.startswith(f"+{key}=") for text in overrides.unique() for word in str(text).split())
+    return added and not any(name.startswith(f"{key}.") for name in names)
+
+
+def follows(key: str, axes: Axes, configs: pd.DataFrame) -> bool:
+    """Whether a key that is none of the axes changes with the contender, and with it alone."""
+    contenders = configs[axes.contenders]
+    groups = _codes(pd.Series(list(contenders.itertuples(index=False, name=None)), index=configs.index))
+    codes = _codes(configs[key])
+    return _count(groups, codes) == len(set(groups.tolist())) and len(set(codes.tolist())) > 1
 
 
 def _rank(key: str, typed: set[str], choices: set[str]) -> tuple[int, int]:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from bnlight.compare.axes import Axes, shown, sortable
+from bnlight.compare.axes import Axes, describes, follows, shown, sortable
 from bnlight.compare.stats import Cell
 from bnlight.compare.verdict import is_tuned, metric_words
 
+_OPTIONS = ("norm", "weight", "sync")  # whose own options go with the choice
 INTERVALS = (
     "Intervals are 95 % Student-t intervals of the mean over seeds: they cover the randomness of the seed, "
     "not the choice of data or of hyperparameters."
@@ -57,7 +58,13 @@ def caveats(
         notes.append(
             "Some seeds ran more than once at the same settings: their runs are averaged, n counts seeds."
         )
-    return notes + _shared(axes, configs) + _averaged(axes, configs) + _unequal(runs, cells)
+    return (
+        notes
+        + _shared(axes, configs)
+        + _together(axes, configs)
+        + _averaged(axes, configs)
+        + _unequal(runs, cells)
+    )
 
 
 def _shared(axes: Axes, configs: pd.DataFrame) -> list[str]:
@@ -73,6 +80,36 @@ def _shared(axes: Axes, configs: pd.DataFrame) -> list[str]:
     if "optimizer.lr" in axes.conditions:
         return ["The norms meet at shared learning rates, untuned: another norm may win at its own."]
     return []
+
+
+def _together(axes: Axes, configs: pd.DataFrame) -> list[str]:
+    """What changes together with the norm without being an option of it, as an experiment's file may set both."""
+    if "norm" not in axes.contenders:
+        return []
+    used = {*axes.keys, *axes.averaged}
+    others = [
+        str(key) for key in configs if key not in used and describes(str(key)) and "_target_" not in str(key)
+    ]
+    found = [
+        key
+        for key in others
+        if key.split(".")[0] not in (*_OPTIONS, *used) and "." in key and follows(key, axes, configs)
+    ]
+    pairs = [
+        f"{key} ({_some([f'{shown(value)} with {name}' for name, value in _per_norm(key, axes, configs)])})"
+        for key in found
+    ]
+    if not pairs:
+        return []
+    return [f"Not the norm alone differs: {_some(pairs)}. A difference may be due to that."]
+
+
+def _per_norm(key: str, axes: Axes, configs: pd.DataFrame) -> list[tuple[str, object]]:
+    settings = configs[[*axes.contenders, key]].drop_duplicates()
+    rows = [
+        dict(zip(map(str, settings), row, strict=True)) for row in settings.itertuples(index=False, name=None)
+    ]
+    return [(axes.contender(row), row[key]) for row in rows]
 
 
 def _averaged(axes: Axes, configs: pd.DataFrame) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from bnlight.lightning import factory
 
 Config = Mapping[str, Any]
 FRAMEWORKS = ("builtins", "torch", "pytorch_lightning", "lightning")
@@ -14,13 +16,14 @@ FRAMEWORKS = ("builtins", "torch", "pytorch_lightning", "lightning")
 def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
     """The object that `config` names in `_target_`, its nested configs built first, lists and dicts left plain.
 
-    `args` and `kwargs` are handed to the target as they are. Raises what the target raises, with a note that says
-    which one.
+    `args` and `kwargs` are handed to the target as they are. Within `factory.recorded()`, what `_partial_` makes knows
+    whether it was used. Raises what the target raises, with a note that says which one.
     """
     from hydra import utils
     from hydra.errors import InstantiationException
 
-    plan = {**config, "_convert_": "all", **({"_partial_": True} if kwargs else {})}
+    parts = _watched(config) if factory.current else config
+    plan = {**parts, "_convert_": "all", **({"_partial_": True} if kwargs else {})}
     trust = {"_execution_whitelist_": whitelist} if (whitelist := any_target()) else {}
     try:
         built = utils.instantiate(plan, *args, **trust)
@@ -30,7 +33,22 @@ def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
             raise
         cause.add_note(_note(config))
         raise cause from None
-    return _called(built, config, kwargs) if kwargs else built
+    if kwargs:
+        return _called(built, config, kwargs)
+    return factory.watched(built, config["_target_"]) if config.get("_partial_") else built
+
+
+def _watched(config: Config) -> dict[str, Any]:
+    """The config with its nested factories built, so that the record has them."""
+    if config.get("_recursive_") is False:
+        return dict(config)
+    return {key: _part(value) for key, value in config.items()}
+
+
+def _part(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return instantiate(value) if value.get("_partial_") and "_target_" in value else _watched(value)
+    return [_part(item) for item in value] if isinstance(value, list) else value
 
 
 def call(config: Config) -> Any:
@@ -98,16 +116,16 @@ def complete(config: Config, *, named_only: bool = False, **available: Any) -> d
     }
 
 
-def explicit(config: Config) -> dict[str, Any]:
-    """`config` without the arguments that say what its target's own default is.
+def explicit(config: Config, typed: Collection[str] = ()) -> dict[str, Any]:
+    """`config` without the arguments that say what its target's own default is, but with those in `typed`.
 
-    conf/norm/*.yaml list every argument, so only a value that differs was somebody's choice.
+    conf/norm/*.yaml list every argument, so only a value that differs, or was typed, was somebody's choice.
     """
     taken = arguments(config)
     return {
         key: value
         for key, value in config.items()
-        if key.startswith("_") or key not in taken or value != taken[key].default
+        if key.startswith("_") or key in typed or key not in taken or value != taken[key].default
     }
 
 

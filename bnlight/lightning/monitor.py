@@ -58,9 +58,7 @@ class NormMonitor(pl.Callback):
         self._logged = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._norms = {
-            path: module for path, module in named_layers(pl_module) if is_norm(module)
-        }
+        self._norms = {path: module for path, module in named_layers(pl_module) if is_norm(module)}
         self._seen, self._logged = [], trainer.global_step
 
     def on_train_batch_start(

@@ -222,8 +222,8 @@ class NoNorm(Norm):
     """No normalization: `y = x`, or `y = x * weight + bias` with `affine=True`.
 
     Training and evaluation are the same. The result is a tensor of its own, as every norm's, so that an in-place
-    activation behind it leaves `x` as it is, which a residual connection may read. It takes the arguments of the other layers, so that it can stand
-    where they stand; `eps` is unused. See `Norm` for shapes, masks and their errors.
+    activation behind it leaves `x` as it is, which a residual connection may read. It takes the arguments of the
+    other layers, so that it can stand where they stand; `eps` is unused. See `Norm` for shapes, masks and their errors.
 
     >>> NoNorm(2)(torch.tensor([[1.0, 3.0]]))
     tensor([[1., 3.]])

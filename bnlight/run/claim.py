@@ -91,7 +91,7 @@ def begin(
     killed = state == "interrupted" and status.get("started")  # so it could not say for how long it ran
     if killed and last_alive:
         status["seconds"] = status.get("seconds", 0.0) + max(0.0, last_alive - status["started"])
-    write_atomic(directory / "config.yaml", yaml.dump(config, Dumper=DUMPER, sort_keys=False))
+    write_config(directory, config)
     status |= {
         "state": "running",
         "attempt": status.get("attempt", 0) + 1,
@@ -107,6 +107,11 @@ def begin(
     write_json(directory / "status.json", status)
     note("begun", directory)
     return config, status
+
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write the job's `config.yaml`."""
+    write_atomic(directory / "config.yaml", yaml.dump(config, Dumper=DUMPER, sort_keys=False))
 
 
 def _wipe(directory: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import omegaconf
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf, read_write
 
+from bnlight.run.unused import is_own, likely
 from bnlight.run.weights import fingerprint
 
 # Where things are and what is shown: two jobs that differ only here are the same job.
@@ -109,9 +110,10 @@ def job_name(config: DictConfig, hydra: DictConfig) -> str:
     """
     chosen = choices(config, hydra)
     groups = ["norm", "model", "data"]
-    if hydra.runtime.choices.get("module") == "custom":
-        typed = any(text.startswith("model=") for text in hydra.overrides.task)
-        groups[1:2] = ["module", "model"] if typed else ["module"]
+    target = OmegaConf.select(config, "module._target_")
+    if is_own(target):
+        idle = likely(target, hydra.overrides.task)
+        groups[1:2] = ["module"] if "model" in idle else ["module", "model"]
     parts = [chosen[group] for group in groups if group in chosen]
     if config.get("seed") is not None:
         parts.append(f"s{config.seed}")

@@ -32,6 +32,7 @@ from bnlight.run.ranks.talk import follow, go, leading, meet, together
 from bnlight.run.reached import reach
 from bnlight.run.status import JobBusy, own, read_json, update_status
 from bnlight.run.survive.command import note
+from bnlight.run.unused import filed, likely
 
 
 def run_job(config: DictConfig) -> float | None:
@@ -100,6 +101,8 @@ def resolve(config: DictConfig, hydra: Any) -> dict[str, Any]:
         "choices": choices(config, hydra),
         "overrides": list(hydra.overrides.task),
     }
+    module = resolved["module"].get("_target_")
+    resolved["job"] = filed(resolved["job"], likely(module, hydra.overrides.task))
     return {str(key): value for key, value in resolved.items()}
 
 

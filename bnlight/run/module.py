@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from bnlight.lightning import factory
 from bnlight.lightning.build import (
     Config,
     arguments,
@@ -24,9 +25,10 @@ from bnlight.lightning.build import (
 from bnlight.lightning.classifier import Classifier, steps_filled
 from bnlight.lightning.replace import replace_norms
 from bnlight.norm import NORMS
+from bnlight.run.effect import refuse_idle_keys, typed
+from bnlight.run.unused import CHOICES
 
 log = logging.getLogger(__name__)
-CHOICES = ("model", "optimizer", "scheduler")  # groups that a module of one's own may do without
 
 
 def build_module(config: Config, data: Any) -> pl.LightningModule:
@@ -87,8 +89,8 @@ def monitored(config: Config) -> tuple[str | None, str]:
 def replacement(config: Config) -> dict[str, Any] | None:
     """What `replace_norm` asks for, as the arguments of `bnlight.replace_norm`; None where it is off.
 
-    Of the norm's config only what differs from its class's defaults counts, as conf/norm lists them all: what
-    a replaced layer has itself (eps, say) is carried over everything else.
+    Of the norm's config only what was typed or differs from its class's defaults counts, as conf/norm lists them
+    all: what a replaced layer has itself (eps, say) is carried over everything else.
     """
     wanted = config.get("replace_norm") or False
     if wanted is False:
@@ -101,7 +103,7 @@ def replacement(config: Config) -> dict[str, Any] | None:
             f"replace_norm has no {', '.join(sorted(unknown))}: it is false, true, or some of include, exclude "
             "(path patterns) and subclasses (refuse, replace or skip)"
         )
-    norm: Any = explicit(config["norm"])
+    norm: Any = explicit(config["norm"], [key[5:] for key in typed(config) if key.startswith("norm.")])
     name = next((name for name, kind in NORMS.items() if norm == _plain(kind)), None)
     return {"norm": name or norm, **{key: value for key, value in options.items() if value is not None}}
 
@@ -131,13 +133,16 @@ def _built(module: dict[str, Any], kind: type[pl.LightningModule]) -> pl.Lightni
     if issubclass(kind, Classifier):
         built: pl.LightningModule = call(module)
         return built
+    given: dict[str, Any] = {}
+    if "model" in module:
+        given["model"] = instantiate(module.pop("model"))
+        if factory.current:
+            factory.current.network = given["model"]
     schedule = None
     if "scheduler" in module:
         config = module.pop("scheduler")
-        schedule = Schedule(config) if config.get("_target_") else None
-        built = instantiate(module, scheduler=schedule)
-    else:
-        built = instantiate(module)
+        given["scheduler"] = schedule = Schedule(config) if config.get("_target_") else None
+    built = instantiate(module, **given)
     if schedule is not None:
         schedule.module = built
     return built
@@ -177,17 +182,14 @@ def _demand_shapes(model: Config | None, module: Config, shapes: Mapping[str, An
 
 def _refuse_without_effect(config: Config, groups: list[str]) -> None:
     """A choice that was typed must not be without effect: a sweep over it would compare equal jobs."""
+    refuse_idle_keys(config)
     if not groups:
         return
-    typed = [
-        text
-        for text in config.get("job", {}).get("overrides", [])
-        if text.lstrip("+~").split("=")[0].split(".")[0].split("@")[0] in groups
-    ]
+    words = [text for key, text in typed(config).items() if key.split(".")[0] in groups]
     target = config["module"]["_target_"]
-    if typed:
+    if words:
         raise ValueError(
-            f"{' '.join(typed)} would have no effect: {target} takes no {' and no '.join(groups)}. Its arguments are "
+            f"{' '.join(words)} would have no effect: {target} takes no {' and no '.join(groups)}. Its arguments are "
             f"{', '.join(arguments(config['module'])) or 'none'}; module.name=value sets one"
         )
     log.info("%s takes no %s: those parts of the config are not used", target, ", no ".join(groups))

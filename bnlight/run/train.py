@@ -20,11 +20,14 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import complete, instantiate
 from bnlight.lightning.divergence import StopOnDivergence
+from bnlight.lightning.factory import Record, recorded
 from bnlight.lightning.initial import initialize
 from bnlight.lightning.last import AtomicCheckpointIO, LastCheckpoint
 from bnlight.lightning.stop import Stopped, seconds
 from bnlight.lightning.timing import StepTimer
+from bnlight.run.claim import write_config
 from bnlight.run.doctor import doctor_of_job
+from bnlight.run.effect import Effect
 from bnlight.run.memory import peak_memory, reset_peak_memory
 from bnlight.run.metrics import MetricsFile
 from bnlight.run.module import build_data, build_module, monitored, unused
@@ -36,6 +39,7 @@ from bnlight.run.ranks.started import cluster_environment
 from bnlight.run.status import read_json, update_status, write_json
 from bnlight.run.survive.watchdog import Steps, Watchdog
 from bnlight.run.tracking.logger import finish_run, run_url
+from bnlight.run.unused import filed
 from bnlight.run.weights import weights_file
 
 log = logging.getLogger(__name__)
@@ -48,17 +52,20 @@ def train(config: Mapping[str, Any], directory: Path, label: str = "") -> None:
     """
     used = float(read_json(directory / "status.json").get("seconds") or 0.0)
     limits = {key: seconds(config.get(key), key) for key in ("time_limit", "stall_limit")}
-    with Watchdog(directory, this_rank(), used, **limits) as watchdog:
-        _train(config, directory, label, watchdog)
+    with Watchdog(directory, this_rank(), used, **limits) as watchdog, recorded() as record:
+        _train(config, directory, label, watchdog, record)
 
 
-def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Watchdog) -> None:
+def _train(
+    config: Mapping[str, Any], directory: Path, label: str, watchdog: Watchdog, record: Record
+) -> None:
     begun, measured = time.time(), reset_peak_memory()
     status = read_json(directory / "status.json")
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     data = build_data(config)
+    config = _filed(config, directory)
     module = build_module(config, data)
     last = directory / "checkpoints" / "last.ckpt"
     resume = last.exists() and config["rerun"] != "all"  # with "all", rank 0 may not have removed it yet
@@ -69,8 +76,7 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
     if config["logger"].get("_target_") and this_rank() > 0:
         loggers.insert(0, DummyLogger())  # `self.logger` takes the same calls on every rank
     elif config["logger"].get("_target_"):
-        idle = unused(config)
-        used = {name: value for name, value in config.items() if name not in idle}
+        used = {name: value for name, value in config.items() if name not in config["job"]["unused"]}
         tracker = instantiate(config["logger"])(used, directory, status["wandb_id"])
         loggers.insert(0, tracker)  # `self.logger` of anybody's module
         if url := run_url(tracker.experiment):
@@ -78,7 +84,7 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
     ended, measures = "failed", dict[str, Any]()
     try:
         trainer = build_trainer(config, directory, loggers, label)
-        trainer.callbacks.insert(0, Steps(watchdog))  # type: ignore[attr-defined]
+        trainer.callbacks[:0] = [Steps(watchdog), Effect(config, record)]  # type: ignore[attr-defined]
         _fit(trainer, module, data, str(last) if resume else None)
         metrics = _metrics(trainer)
         diverged = next((c.reason for c in trainer.callbacks if isinstance(c, StopOnDivergence)), None)  # type: ignore[attr-defined]
@@ -97,6 +103,14 @@ def _train(config: Mapping[str, Any], directory: Path, label: str, watchdog: Wat
     finally:
         if tracker is not None:
             finish_run(tracker.experiment, ended, measures)
+
+
+def _filed(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The config, in which the job is known by what its module takes: now that the class can be looked at."""
+    known = {**config, "job": filed(config["job"], unused(config))}
+    if this_rank() == 0 and known != config:
+        write_config(directory, known)
+    return known
 
 
 def build_trainer(
@@ -220,7 +234,7 @@ def _write_result(
         "wandb_url": read_json(directory / "status.json").get("wandb_url"),
         "identity": config["job"]["identity"],
         "config": dict(config),
-        "unused": unused(config),
+        "unused": list(config["job"]["unused"]),
         "git": git_commit(),
         "versions": versions(),
         "hardware": {

@@ -105,7 +105,11 @@ class Plan:
         if not after and not isinstance(behind(norm), nn.Identity):
             return None, f"it does more than normalize before {name}"
         problem = channels_problem(norm, layer, after=after)
-        if problem is None and not after and any(flow.changed_before(call, self._through) for call in flow.calls[norm]):
+        if (
+            problem is None
+            and not after
+            and any(flow.changed_before(call, self._through) for call in flow.calls[norm])
+        ):
             problem = f"something is changed in place between it and {name}, and could be its input"
         if problem is None and not after:
             problem = padding_problem(layer, affine_of(norm).shift)

@@ -16,8 +16,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from bnlight.norm import BatchNorm, BatchRenorm, FullNorm, MeanOnlyBatchNorm, NoNorm, Norm
 from bnlight.norm.batch import BatchStatistics
-from bnlight.surgery.dress import own_class
 from bnlight.surgery import known as norms
+from bnlight.surgery.dress import own_class
 
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,

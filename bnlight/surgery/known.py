@@ -38,7 +38,15 @@ KNOWN: frozenset[type[nn.Module]] = frozenset(
 """The classes whose behaviour is known; other norms are subclasses of these, registered, or left alone."""
 
 INERT = {
-    *("__init__", "__doc__", "__module__", "__qualname__", "__annotations__", "__annotate__", "__signature__"),
+    *(
+        "__init__",
+        "__doc__",
+        "__module__",
+        "__qualname__",
+        "__annotations__",
+        "__annotate__",
+        "__signature__",
+    ),
     *("__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__"),
     *("__constants__", "__parameters__", "__orig_bases__", "__dict__", "__weakref__"),
     *("_check_input_dim", "__repr__", "extra_repr"),

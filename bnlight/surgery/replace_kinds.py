@@ -26,6 +26,8 @@ _ELSEWHERE = {"_compiled_call_impl", "_sync", "_thawed", THEN}
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _STATE = ("_parameters", "_buffers", "_modules")
+
+
 def resembles_norm(module: nn.Module) -> bool:
     """Whether the module is a known norm, or looks like another library's: by name, parameters and buffers."""
     if isinstance(module, torch.jit.ScriptModule):
@@ -51,7 +53,9 @@ def channel_dim(module: nn.Module) -> int:
     if isinstance(module, Norm):
         return module.channel_dim
     # A subclass LayerNorm2d is taken for one of images, over their channels.
-    return -1 if isinstance(module, CHANNELS_LAST) and not re.search(r"\dd", own_class(module).__name__) else 1
+    return (
+        -1 if isinstance(module, CHANNELS_LAST) and not re.search(r"\dd", own_class(module).__name__) else 1
+    )
 
 
 def channels(module: nn.Module) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from bnlight.compare.read.run import Run, row_of, used, why
+from bnlight.compare.read.run import Run, mapping, row_of, used, why
 from bnlight.run.status import read_status
+from bnlight.run.unused import likely
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster
 
@@ -19,12 +20,21 @@ def read_job(folder: Path, place: tuple[str, ...], source: str) -> Run:
     notes: list[str] = []
     result = _json(folder / "result.json", notes)
     config = _config(folder, result, notes)
-    config = config and used(config, (result or {}).get("unused") or ())
+    config = config and used(config, _unused(config, result or {}))
     status = _status(folder, notes)
     if status.get("state") == "done" and result is None:
         notes.append("done, but there is no result.json")
     row = row_of(folder.name, config or {}, status, result or {})
     return Run(folder.name, place, source, row, config, folder, status.get("wandb_id"), notes=notes)
+
+
+def _unused(config: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """The groups that its module does without: as the job says, or, of one that has said nothing, most likely."""
+    said = mapping(config.get("job")).get("unused", result.get("unused"))
+    if said is not None:
+        return list(said)
+    overrides = mapping(config.get("job")).get("overrides") or ()
+    return likely(mapping(config.get("module")).get("_target_"), map(str, overrides))
 
 
 def _config(folder: Path, result: dict[str, Any] | None, notes: list[str]) -> dict[str, Any] | None:

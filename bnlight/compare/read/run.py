@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bnlight.run.unused import divided
+
 STATES = ("done", "running", "failed", "diverged", "preempted", "interrupted", "unknown", "duplicate")
 COMPARISON = "comparison"  # W&B's type of a run that holds a comparison, and is none of its runs
 
@@ -94,15 +96,13 @@ def flatten(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]
     return flat
 
 
-def used(config: dict[str, Any], unused: Collection[str]) -> dict[str, Any]:
-    """The config without the parts that the job's own module did not take: they say nothing of it."""
-    if not unused:
+def used(config: dict[str, Any], without: Collection[str]) -> dict[str, Any]:
+    """The config without the groups that the job's own module does without: they say nothing of it."""
+    if not without:
         return config
     job = mapping(config.get("job"))
-    choices = {group: option for group, option in mapping(job.get("choices")).items() if group not in unused}
-    if "model" in unused and "module" in choices:
-        choices["model"] = choices["module"]
-    kept = {key: value for key, value in config.items() if key not in unused}
+    choices, _ = divided(mapping(job.get("choices")), without)
+    kept = {key: value for key, value in config.items() if key not in without}
     return kept | {"job": {**job, "choices": choices}}
 
 
