@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnlight.norm.core import converted, statistics_dtype
+from bnlight.norm.layout import in_all_axes, in_few_axes
 
 Device = torch.device | str | int | None
 
@@ -134,6 +135,8 @@ class Norm(nn.Module):
         if last:
             # (N, *, C) is (N, C, positions, 1) in channels last: a view, in a layout torch's kernels know.
             x = x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2)
+        if 1 in shape:
+            x = in_all_axes(in_few_axes(x), x)
         if mask is None:
             y = self.normalize(x, None)
         else:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from bnlight.norm.arrange import affine
 from bnlight.norm.base import Norm, Shared
-from bnlight.norm.core import converted, keep_layout, statistics_dtype
+from bnlight.norm.core import converted, statistics_dtype
+from bnlight.norm.layout import keep_layout
 
 
 class DynamicTanh(Norm):
