@@ -49,7 +49,7 @@ def by_channel(function: OnRows, x: Tensor, *vectors: Tensor) -> Tensor:
         samples = zip(*(torch.split(tensor, 1) for tensor in (x, *vectors)), strict=True)
         y = torch.cat([function(sample, *(row.flatten() for row in rows)) for sample, *rows in samples])
     else:
-        values = x.reshape(1, -1, *x.shape[2:])
+        values = x.reshape(1, x.size(0) * x.size(1), -1)
         y = function(values, *(rows.flatten() for rows in vectors)).view(x.shape)
     return keep_layout(y, x)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnlight.norm.core import converted, statistics_dtype
-from bnlight.norm.layout import in_all_axes, in_few_axes
+from bnlight.norm.layout import canonical
 
 Device = torch.device | str | int | None
 
@@ -135,8 +135,8 @@ class Norm(nn.Module):
         if last:
             # (N, *, C) is (N, C, positions, 1) in channels last: a view, in a layout torch's kernels know.
             x = x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2)
-        if 1 in shape:
-            x = in_all_axes(in_few_axes(x), x)
+        if 1 in x.shape:
+            x = canonical(x)
         if mask is None:
             y = self.normalize(x, None)
         else:

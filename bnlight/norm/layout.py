@@ -46,6 +46,18 @@ def in_all_axes(y: Tensor, like: Tensor) -> Tensor:
     return y.view(samples, *space, channels).movedim(-1, 1)
 
 
+def canonical(x: Tensor) -> Tensor:
+    """`x`, `(N, C, *)`, contiguous or in channels last with the strides that torch gives such a tensor itself."""
+    if x.dim() < 4 or 1 not in x.shape or torch.compiler.is_compiling():
+        return x
+    step, order = 1, [*range(x.dim())] if x.is_contiguous() else [0, *range(2, x.dim()), 1]
+    for axis in reversed(order):
+        if x.stride(axis) != step:
+            return in_all_axes(in_few_axes(x), x)
+        step *= x.size(axis)
+    return x
+
+
 def batch_norm(x: Tensor, *arguments: Tensor | float | None) -> Tensor:
     """`torch.batch_norm`, with the right derivatives for a gradient in any memory layout."""
     rows = in_few_axes(x)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bnlight.norm.arrange import affine
 from bnlight.norm.base import Norm, Shared
 from bnlight.norm.core import converted, statistics_dtype
-from bnlight.norm.layout import keep_layout
+from bnlight.norm.layout import in_all_axes, in_few_axes, keep_layout
 
 
 class DynamicTanh(Norm):
@@ -42,5 +42,5 @@ class DynamicTanh(Norm):
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
         # As a weight of the channels alpha's gradient is summed in full precision.
         alpha = converted(self.alpha, statistics_dtype(x.dtype)).expand(x.size(1))
-        y = affine(x, alpha.contiguous()).tanh_()
-        return keep_layout(affine(y, *self.full_affine(x)) if self.affine else y, x)
+        y = affine(in_few_axes(x), alpha.contiguous()).tanh_()
+        return keep_layout(in_all_axes(affine(y, *self.full_affine(x)) if self.affine else y, x), x)
