@@ -1,8 +1,9 @@
 """What every layer shares: its arguments, affine parameters, input checks, axis order and mask."""
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import ClassVar, Self, TypedDict, get_args
+from typing import Any, ClassVar, Self, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,26 @@ def new_parameter(fill: float, shape: tuple[int, ...], placement: Placement) -> 
     return nn.Parameter(
         torch.full(shape, float(fill), device=placement.get("device"), dtype=placement.get("dtype"))
     )
+
+
+def chosen_arguments(factory: Callable[..., nn.Module]) -> set[str]:
+    """Names of the arguments that a partial fixes by choice.
+
+    Who writes functools.partial means all of them. A config file lists all of a layer's arguments: in what Hydra
+    makes of it, a partial of its own, only those count that differ from their defaults.
+    """
+    keywords: dict[str, Any] = getattr(factory, "keywords", {})
+    if type(factory) is functools.partial or not keywords:
+        return {*keywords}
+    try:
+        parameters = inspect.signature(getattr(factory, "func", factory)).parameters
+    except (TypeError, ValueError):  # written in C
+        return {*keywords}
+    return {
+        name
+        for name, value in keywords.items()
+        if name not in parameters or parameters[name].default != value
+    }
 
 
 class Norm(nn.Module):

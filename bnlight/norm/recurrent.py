@@ -43,7 +43,8 @@ class NormLSTM(nn.Module):
     Args:
         norm: a name in `bnlight.norm.NORMS`, None for "none", or a factory called as `norm(channels)`. Where
             its signature has them it also gets `bias`, `device`, `dtype` and `weight_init`, and with batch
-            statistics `small_batch="running"` unless it fixes that itself, as functools.partial does.
+            statistics `small_batch="running"` unless it fixes that itself, as functools.partial does; of a
+            norm from a config file, only what differs from the layer's defaults counts as fixed.
         max_length: number of steps with statistics of their own, for norms with batch statistics: usually the
             length of the longest training sequence. Those without need none.
         bias: False leaves out the biases, the cell's too.
