@@ -239,7 +239,9 @@ def configured(name: str, *overrides: str) -> partial:
         return instantiate(compose("train", [f"norm={name}", *overrides]).norm)
 
 
-@pytest.mark.parametrize("name", [name for name in NORMS if name not in ("batch_instance", "instance", "frn")])
+@pytest.mark.parametrize(
+    "name", [name for name in NORMS if name not in ("batch_instance", "instance", "frn")]
+)
 def test_a_norm_of_the_config_group_at_its_defaults_makes_the_layer_that_its_name_makes(name):
     layer, known = (NormLSTM(*SIZES, norm=norm, max_length=4) for norm in (configured(name), name))
     known.load_state_dict(layer.state_dict())

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bnlight.norm.core import converted, statistics_dtype
 from bnlight.norm.layout import canonical
@@ -68,6 +69,15 @@ def chosen_arguments(factory: Callable[..., nn.Module]) -> set[str]:
         for name, value in keywords.items()
         if name not in parameters or parameters[name].default != value
     }
+
+
+def traced(layer: nn.Module, x: Any, **options: Any) -> Any:
+    """`layer(x)` as one node of the graph that torch.fx is tracing; None where it is not, or traces the layer alone."""
+    if not isinstance(x, Proxy) or x.tracer.root is layer:  # type: ignore[attr-defined]
+        return None
+    given = {name: value for name, value in options.items() if value is not None}
+    path = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
+    return x.tracer.create_proxy("call_module", path, (x,), given)
 
 
 class Norm(nn.Module):
@@ -151,6 +161,9 @@ class Norm(nn.Module):
             nn.init.constant_(self.bias, self.bias_init)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        node: Tensor | None = traced(self, x, mask=mask)
+        if node is not None:
+            return node
         self._check(x, mask)
         shape, last = x.shape, self.channel_dim == -1 and x.dim() > 2
         if last:

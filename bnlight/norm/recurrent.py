@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bnlight.norm.base import Device
+from bnlight.norm.base import Device, traced
 from bnlight.norm.core import converted
 from bnlight.norm.sequences import Rows, valid_steps
 from bnlight.norm.steps import NormFactory, step_norm
@@ -127,6 +127,9 @@ class NormLSTM(nn.Module):
         lengths: Tensor | list[int] | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
+        node: tuple[Tensor, State] | None = traced(self, x, state=state, lengths=lengths, mask=mask)
+        if node is not None:
+            return node
         if isinstance(x, PackedSequence):
             if lengths is not None or mask is not None:
                 raise ValueError("NormLSTM: a PackedSequence has its lengths; leave out lengths and mask")
