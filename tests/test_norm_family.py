@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bnlight.norm
 from bnlight.norm import NORMS, BatchNorm, Norm
-from bnlight.norm.core import memory_layout
+from bnlight.norm.layout import memory_layout
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 HALF = [torch.bfloat16, torch.float16]

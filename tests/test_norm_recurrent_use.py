@@ -7,14 +7,16 @@ from functools import partial
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from lstm_by_hand import SIZES, assert_close, batch, flat, gradients, made
 from ranks import start
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from bnlight import sync_norm
-from bnlight.norm import BatchRenorm, NormLSTM
+from bnlight import replace_norm, sync_norm
+from bnlight.norm import NORMS, BatchRenorm, NormLSTM
 from bnlight.surgery import norm_parameters
 
 
@@ -229,3 +231,39 @@ def test_it_learns_to_read_digits_row_by_row_of_which_some_are_cut_short(norm):
     with torch.no_grad():
         found = head(layer(x[test], lengths=lengths[test])[1][0][0]).argmax(1)
     assert (found == y[test]).float().mean() > 0.9
+
+
+def configured(name: str, *overrides: str) -> partial:
+    """The norm of the config group, which lists all its arguments."""
+    with initialize_config_module("bnlight.conf", version_base="1.3"):
+        return instantiate(compose("train", [f"norm={name}", *overrides]).norm)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NORMS if name not in ("batch_instance", "instance", "frn")]
+)
+def test_a_norm_of_the_config_group_at_its_defaults_makes_the_layer_that_its_name_makes(name):
+    layer, known = (NormLSTM(*SIZES, norm=norm, max_length=4) for norm in (configured(name), name))
+    known.load_state_dict(layer.state_dict())
+    for module, other in zip(layer.modules(), known.modules(), strict=True):
+        assert repr(module) == repr(other)
+        assert vars(module).get("weight_init") == vars(other).get("weight_init")
+        assert getattr(module, "small_batch", None) == getattr(other, "small_batch", None)
+    assert layer.noise == known.noise
+    layer(torch.randn(4, 3, SIZES[0]), lengths=[4, 1, 2])
+
+
+def test_what_is_changed_in_the_config_group_is_chosen():
+    norm = configured("batch", "norm.weight_init=0.5", "norm.eps=0.01")
+    layer = NormLSTM(*SIZES, norm=norm, max_length=2).norm_hh.steps[0]
+    assert (layer.weight == 0.5).all()
+    assert (layer.eps, layer.small_batch) == (0.01, "running")
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_replacement_from_the_config_group_carries_what_its_name_carries(name):
+    nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=0.125, momentum=0.25)) for _ in range(2)]
+    replace_norm(nets[0], configured(name))
+    replace_norm(nets[1], name)
+    assert repr(nets[0]) == repr(nets[1])
+    assert getattr(nets[0][1], "momentum", None) == getattr(nets[1][1], "momentum", None)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bnlight.norm import DynamicTanh, FilterResponseNorm, InstanceNorm, LayerNorm, RMSNorm, arrange
-from bnlight.norm.core import memory_layout
+from bnlight.norm.layout import memory_layout
 
 LAYERS = {
     "rms": lambda **o: RMSNorm(4, **o),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bnlight.norm import FilterResponseNorm, GroupNorm, InstanceNorm, LayerNorm, NoNorm, RMSNorm, arrange
-from bnlight.norm.core import memory_layout
+from bnlight.norm.layout import memory_layout
 
 SHAPES = [(6, 8), (3, 8, 5), (3, 8, 5, 2), (2, 8, 3, 2, 2)]
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bnlight.norm import BatchNorm, BatchRenorm, MeanOnlyBatchNorm, interleaved
-from bnlight.norm.core import memory_layout
+from bnlight.norm.layout import memory_layout
 
 LAYOUTS = ["contiguous", "channels_last", "last_axis", "strided"]
 LAYERS = {

@@ -14,12 +14,11 @@ from torch import Tensor
 from bnlight.norm.core import (
     can_read_values,
     converted,
-    keep_layout,
-    memory_layout,
     moments,
     per_channel,
     statistics_dtype,
 )
+from bnlight.norm.layout import batch_norm, keep_layout, memory_layout
 
 LARGE = 2**14
 """Values in a sample from which on a call of its own costs less than the copies that avoid it."""
@@ -50,7 +49,7 @@ def by_channel(function: OnRows, x: Tensor, *vectors: Tensor) -> Tensor:
         samples = zip(*(torch.split(tensor, 1) for tensor in (x, *vectors)), strict=True)
         y = torch.cat([function(sample, *(row.flatten() for row in rows)) for sample, *rows in samples])
     else:
-        values = x.reshape(1, -1, *x.shape[2:])
+        values = x.reshape(1, x.size(0) * x.size(1), -1)
         y = function(values, *(rows.flatten() for rows in vectors)).view(x.shape)
     return keep_layout(y, x)
 
@@ -75,14 +74,14 @@ def by_sample(function: OnRows, x: Tensor, *vectors: Tensor) -> Tensor:
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x * weight + bias` per channel, in x's dtype and layout: one pass forward, one call backward."""
     mean, var = torch.zeros_like(weight), torch.ones_like(weight)
-    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, 0.0, False)
+    return batch_norm(x, weight, bias, mean, var, False, 0.0, 0.0, False)
 
 
 def standardized(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """`(x - mean) / sqrt(var + eps) * weight + bias` per channel, by its mean and biased variance."""
     if weight is None:  # the kernel keeps its statistics in the weight's dtype
         weight = torch.ones(x.size(1), dtype=statistics_dtype(x.dtype), device=x.device)
-    return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, False)
+    return batch_norm(x, weight, bias, None, None, True, 0.0, eps, False)
 
 
 def mean_var(x: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from bnlight.norm.base import Norm, Shared, new_statistic
 from bnlight.norm.core import Moments, can_read_values, converted, follow, moments, snapshot
 from bnlight.norm.instances import InstanceMoments
+from bnlight.norm.layout import batch_norm
 
 Observer = Callable[[Moments, Tensor | None], None]
 """Receives a training batch's moments, and which of its groups count, in place of the running averages."""
@@ -140,9 +141,7 @@ class RunningAverages(Norm):
         mean, var = self.running_statistics(weight)
         if self.training:  # the next batch may move the averages before this one's backward reads them
             mean, var = mean.clone(), var.clone()
-        return torch.batch_norm(
-            x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled
-        )
+        return batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, torch.backends.cudnn.enabled)
 
     def _load_from_state_dict(
         self,

@@ -1,13 +1,16 @@
 """What every layer shares: its arguments, affine parameters, input checks, axis order and mask."""
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import ClassVar, Self, TypedDict, get_args
+from typing import Any, ClassVar, Self, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from bnlight.norm.core import converted, statistics_dtype
+from bnlight.norm.layout import canonical
 
 Device = torch.device | str | int | None
 
@@ -46,6 +49,35 @@ def new_parameter(fill: float, shape: tuple[int, ...], placement: Placement) -> 
     return nn.Parameter(
         torch.full(shape, float(fill), device=placement.get("device"), dtype=placement.get("dtype"))
     )
+
+
+def chosen_arguments(factory: Callable[..., nn.Module]) -> set[str]:
+    """Names of the arguments that a partial fixes by choice.
+
+    Who writes functools.partial means all of them. A config file lists all of a layer's arguments: in what Hydra
+    makes of it, a partial of its own, only those count that differ from their defaults.
+    """
+    keywords: dict[str, Any] = getattr(factory, "keywords", {})
+    if type(factory) is functools.partial or not keywords:
+        return {*keywords}
+    try:
+        parameters = inspect.signature(getattr(factory, "func", factory)).parameters
+    except (TypeError, ValueError):  # written in C
+        return {*keywords}
+    return {
+        name
+        for name, value in keywords.items()
+        if name not in parameters or parameters[name].default != value
+    }
+
+
+def traced(layer: nn.Module, x: Any, **options: Any) -> Any:
+    """`layer(x)` as one node of the graph that torch.fx is tracing; None where it is not, or traces the layer alone."""
+    if not isinstance(x, Proxy) or x.tracer.root is layer:  # type: ignore[attr-defined]
+        return None
+    given = {name: value for name, value in options.items() if value is not None}
+    path = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
+    return x.tracer.create_proxy("call_module", path, (x,), given)
 
 
 class Norm(nn.Module):
@@ -131,11 +163,16 @@ class Norm(nn.Module):
             nn.init.constant_(self.bias, self.bias_init)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        node: Tensor | None = traced(self, x, mask=mask)
+        if node is not None:
+            return node
         self._check(x, mask)
         shape, last = x.shape, self.channel_dim == -1 and x.dim() > 2
         if last:
             # (N, *, C) is (N, C, positions, 1) in channels last: a view, in a layout torch's kernels know.
             x = x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2)
+        if 1 in x.shape:
+            x = canonical(x)
         if mask is None:
             y = self.normalize(x, None)
         else:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bnlight.norm.batch import Batch, BatchStatistics
 from bnlight.norm.core import can_read_values, statistics_dtype
+from bnlight.norm.layout import batch_norm
 from bnlight.norm.recompute import recomputing
 
 
@@ -81,6 +82,4 @@ class BatchNorm(BatchStatistics):
         else:
             self._count_batch(1)
         rate = float(self.rate())
-        return torch.batch_norm(
-            x, weight, bias, mean, var, True, rate, self.eps, torch.backends.cudnn.enabled
-        )
+        return batch_norm(x, weight, bias, mean, var, True, rate, self.eps, torch.backends.cudnn.enabled)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnlight.norm.first_order import first_order
+from bnlight.norm.layout import in_all_axes, in_few_axes, keep_layout
 
 _backward = torch.ops.aten.native_batch_norm_backward.default
 _update_stats: Any = torch.batch_norm_update_stats  # its type stub lacks two arguments
@@ -37,23 +38,6 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x.to(dtype)`, whose call alone costs a small layer a hundredth of its step, only where it is needed."""
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def memory_layout(x: Tensor) -> torch.memory_format | None:
-    """The layout torch's kernels would see: contiguous, channels last, or None for any other strides."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is not None and x.is_contiguous(memory_format=channels_last):
-        return channels_last
-    return None
-
-
-def keep_layout(y: Tensor, like: Tensor) -> Tensor:
-    """`y` in the memory layout of `like`."""
-    if y.is_contiguous() and like.is_contiguous():
-        return y
-    return y.contiguous(memory_format=memory_layout(like) or torch.contiguous_format)
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:
@@ -310,5 +294,5 @@ def normalize(
     a plan `(K, C)` is one for K groups of C channels, K * C in `x`, which share weight and bias.
     """
     function = _Transformable if transforming() else _Normalize
-    y: Tensor = function.apply(x, weight, bias, plan, eps, way_back)  # type: ignore[no-untyped-call]
-    return y
+    y = function.apply(in_few_axes(x), weight, bias, plan, eps, way_back)  # type: ignore[no-untyped-call]
+    return in_all_axes(y, x)

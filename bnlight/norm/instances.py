@@ -25,7 +25,7 @@ class InstanceMoments:
             # Of no value, but part of the graph: ranks without samples take part in the backward too.
             self.mean = self.var = (x.sum([*range(2, x.dim())]) if x.dim() > 2 else x).to(kind)
         else:
-            rows = x.reshape(1, -1, *x.shape[2:])
+            rows = x.reshape(1, x.size(0) * x.size(1), -1)
             where = None if valid is None else valid.expand_as(x).reshape(rows.shape)
             self.mean, self.var = (values.view(x.shape[:2]) for values in mean_var(rows, where))
         self.positions = math.prod(x.shape[2:])

@@ -16,13 +16,13 @@ from bnlight.norm.core import (
     WayBack,
     channel_sums,
     corrected,
-    keep_layout,
     moments,
     normalized,
     through_statistics,
     uncorrected,
 )
 from bnlight.norm.first_order import first_order
+from bnlight.norm.layout import keep_layout
 
 LARGE = 2**17
 """Bytes in a sample beyond which calls of its own cost less than the copy that avoids them."""

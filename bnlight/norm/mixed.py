@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from bnlight.norm.base import Affine, new_parameter, new_statistic
 from bnlight.norm.batch import Batch, BatchStatistics
-from bnlight.norm.core import Moments, Plan, keep_layout
+from bnlight.norm.core import Moments, Plan
 from bnlight.norm.instances import InstanceMoments
+from bnlight.norm.layout import keep_layout
 from bnlight.norm.sample import instance_norm, layer_norm
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bnlight.norm.base import Device
+from bnlight.norm.base import Device, traced
 from bnlight.norm.core import converted
 from bnlight.norm.sequences import Rows, valid_steps
 from bnlight.norm.steps import NormFactory, step_norm
@@ -43,7 +43,8 @@ class NormLSTM(nn.Module):
     Args:
         norm: a name in `bnlight.norm.NORMS`, None for "none", or a factory called as `norm(channels)`. Where
             its signature has them it also gets `bias`, `device`, `dtype` and `weight_init`, and with batch
-            statistics `small_batch="running"` unless it fixes that itself, as functools.partial does.
+            statistics `small_batch="running"` unless it fixes that itself, as functools.partial does; of a
+            norm from a config file, only what differs from the layer's defaults counts as fixed.
         max_length: number of steps with statistics of their own, for norms with batch statistics: usually the
             length of the longest training sequence. Those without need none.
         bias: False leaves out the biases, the cell's too.
@@ -126,6 +127,9 @@ class NormLSTM(nn.Module):
         lengths: Tensor | list[int] | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
+        node: tuple[Tensor, State] | None = traced(self, x, state=state, lengths=lengths, mask=mask)
+        if node is not None:
+            return node
         if isinstance(x, PackedSequence):
             if lengths is not None or mask is not None:
                 raise ValueError("NormLSTM: a PackedSequence has its lengths; leave out lengths and mask")

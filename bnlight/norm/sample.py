@@ -19,13 +19,12 @@ from bnlight.norm.base import Norm, Placement, Shared
 from bnlight.norm.core import (
     Plan,
     can_read_values,
-    keep_layout,
-    memory_layout,
     moments,
     normalize,
     per_channel,
     statistics_dtype,
 )
+from bnlight.norm.layout import keep_layout, memory_layout
 
 
 class SampleStatistics(Norm):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnlight.norm.base import chosen_arguments
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.sample import NoNorm
 
@@ -143,7 +144,7 @@ def _layer(
                 f"NormLSTM: unknown norm {norm!r}; use one of {[*NORMS]}, or a factory norm(channels)"
             )
         norm = NORMS[norm]
-    taken, fixed = inspect.signature(norm).parameters, getattr(norm, "keywords", {})
+    taken, fixed = inspect.signature(norm).parameters, chosen_arguments(norm)
     wanted = {name: value for name, value in defaults.items() if name not in fixed}
     wanted |= {name: value for name, value in options.items() if value is not None}
     return norm(channels, **{name: value for name, value in wanted.items() if name in taken})

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from bnlight.norm.arrange import affine
 from bnlight.norm.base import Norm, Shared
-from bnlight.norm.core import converted, keep_layout, statistics_dtype
+from bnlight.norm.core import converted, statistics_dtype
+from bnlight.norm.layout import in_all_axes, in_few_axes, keep_layout
 
 
 class DynamicTanh(Norm):
@@ -41,6 +42,6 @@ class DynamicTanh(Norm):
     def normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
         # As a weight of the channels alpha's gradient is summed in full precision.
         alpha = converted(self.alpha, statistics_dtype(x.dtype)).expand(x.size(1))
-        y = affine(x, alpha.contiguous()).tanh_()
+        y = affine(in_few_axes(x), alpha.contiguous()).tanh_()
         # Never tanh's own output, which its backward needs and an in-place activation would overwrite.
-        return keep_layout(affine(y, *self.full_affine(x)), x)
+        return keep_layout(in_all_axes(affine(y, *self.full_affine(x)), x), x)

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnlight.norm.core import Moments, Plan, WayBack, can_read_values, memory_layout, moments, normalize
+from bnlight.norm.core import Moments, Plan, WayBack, can_read_values, moments, normalize
 from bnlight.norm.interleaved import moments_by_sample, normalize_by_sample, worth_it
+from bnlight.norm.layout import memory_layout
 
 
 class VirtualBatches:

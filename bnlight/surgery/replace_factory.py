@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnlight.norm import NORMS, BatchRenorm, FullNorm, GroupNorm, LayerNorm, NoNorm, Norm
+from bnlight.norm.base import chosen_arguments
 from bnlight.norm.batch import BatchStatistics
 from bnlight.surgery.dress import own_class
 from bnlight.surgery.replace_kinds import CHANNELS_LAST, channel_dim, channels, settings
@@ -40,7 +41,7 @@ class Factory:
         self.norm: NormFactory = made
         partial = made if isinstance(made, functools.partial) else functools.partial(made)
         self.kind = partial.func if isinstance(partial.func, type) else None
-        self.explicit = {*partial.keywords}
+        self.explicit = chosen_arguments(partial)
         self.takes: set[str] = set()
         try:
             named = [p.name for p in inspect.signature(made).parameters.values() if p.kind != p.VAR_KEYWORD]

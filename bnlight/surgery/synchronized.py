@@ -13,11 +13,11 @@ from bnlight.norm.core import (
     Plan,
     can_read_values,
     converted,
-    memory_layout,
     moments,
     normalize,
     statistics_dtype,
 )
+from bnlight.norm.layout import memory_layout
 from bnlight.norm.recompute import Calls, comes_again, recomputing
 from bnlight.norm.sync import Meeting, ProcessGroup, unbiased
 from bnlight.surgery.dress import Dress, dress, plain_class, undress
