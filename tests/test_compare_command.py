@@ -265,7 +265,7 @@ def test_an_option_of_the_norm_is_a_condition_in_which_the_norms_meet(tmp_path, 
 
 def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    job = write_job("outputs/plain", result={"metrics": {"val_acc": 0.5}})
+    job = write_job("outputs/plain", result={"val_acc": 0.5})
     (job / "metrics.csv").write_text("attempt,step,epoch,time,val_acc\n1,10,0,1.0,0.5\n")
     code, _, error = run(capsys, "outputs/plain", "--metric", "val/acc")
     assert code == 2

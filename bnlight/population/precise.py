@@ -210,9 +210,10 @@ def _write(pool: Pool, source_samples: float, correction: Correction) -> None:
     share = 1.0 if source_samples == 0 else pool.samples / (pool.samples + source_samples)
     mean, var = pool.mean, pool.unbiased()
     if correction is not _AS_BATCH_NORM:
-        (r, d), eps = correction, pool.layer.eps
+        layer: Any = pool.layer
+        (r, d), eps = correction, layer.eps
         std = (var + eps).sqrt() / r
-        mean, var = mean - d * std, (std * std - eps).clamp(min=0)  # type: ignore[operator]
+        mean, var = mean - d * std, (std * std - eps).clamp(min=0)
     for name, values in (("running_mean", mean), ("running_var", var)):
         old = pool.running(name)
         kept = old if old.shape == pool.shape else old.view(-1, *[1] * (len(pool.shape) - 1))

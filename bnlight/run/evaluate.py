@@ -208,9 +208,9 @@ def _with_settings(place: Path, rows: Sequence[Row]) -> list[Row]:
     folders = [Path(row.checkpoint).parent.parent for row in rows]
     read = read_runs(*folders)
     axes = assign(varying_keys(read.runs, read.configs), read.configs)
-    by_path = {str(path): key for key, path in read.runs["path"].items()}
+    by_path = {str(path): str(key) for key, path in read.runs["path"].items()}
     varying = [key for key in axes.keys if key != "norm" and key in read.configs]
-    settings = [read.configs.loc[by_path[str(folder.absolute())]] for folder in folders]
+    settings = [dict(read.configs.loc[by_path[str(folder.absolute())]]) for folder in folders]
     return [
         replace(row, settings={axes.label(key): shown(own[key]) for key in varying})
         for row, own in zip(rows, settings, strict=True)
