@@ -227,11 +227,15 @@ def test_what_belongs_to_no_job_needs_a_class(tmp_path: Path) -> None:
 def test_a_job_that_cannot_be_tested_is_named_and_the_others_are_shown_each_with_its_setting(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (project / "mine.py").write_text(f"{MINE}\n\nclass Untested(Regression):\n    test_step = pl.LightningModule.test_step\n")
+    (project / "mine.py").write_text(
+        f"{MINE}\n\nclass Untested(Regression):\n    test_step = pl.LightningModule.test_step\n"
+    )
     rates = [*REGRESSION, *MAE, "module.lr=0.05,0.1", "seed=0,1"]
-    assert main(["train", "-m", *(f"+{word}" if word.startswith("module.lr") else word for word in rates)]) == 0
-    untested = [word.replace("mine.Regression", "mine.Untested") for word in REGRESSION]
-    assert main(["train", *untested, *MAE]) in (0, 1)
+    assert (
+        main(["train", "-m", *(f"+{word}" if word.startswith("module.lr") else word for word in rates)]) == 0
+    )
+    words = [word.replace("mine.Regression", "mine.Untested") for word in REGRESSION]
+    assert main(["train", *words, *MAE]) in (0, 1)
     capsys.readouterr()
     assert main(["test", "outputs/train"]) == 1
     said = capsys.readouterr()

@@ -151,7 +151,9 @@ def dropout_before(case: Case) -> Iterator[Finding]:
     look = case.look
     pairs = [(look.paths[norm], dropout) for norm, dropout in look.dropped.items()]
     first = pairs[0][1]
-    again = not any(isinstance(norm, BatchRenorm | FullNorm) for norm in look.dropped)  # they learn with theirs
+    again = not any(
+        isinstance(norm, BatchRenorm | FullNorm) for norm in look.dropped
+    )  # they learn with theirs
     yield Finding(
         "dropout_before",
         "warning",

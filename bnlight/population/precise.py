@@ -131,9 +131,7 @@ def adapt_statistics(
         )
     else:
         learned = {path: layer for path, layer in moving.items() if trains_by_averages(layer)}
-        pools = (
-            pooled("adapt_statistics", net, learned, source, forward, training=True) if learned else []
-        )
+        pools = pooled("adapt_statistics", net, learned, source, forward, training=True) if learned else []
         corrections = {pool.path: _correction(pool) for pool in pools if pool.reached}
     _estimate("adapt_statistics", model, batches, forward, source_samples, corrections)
     return model

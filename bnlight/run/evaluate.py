@@ -13,7 +13,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import arguments, instantiate
@@ -36,7 +35,9 @@ class Adaptation:
     part: str = "test"  # or train, val
     batches: int | None = None  # all
     source_samples: float = 0.0
-    with_source: bool = False  # norms that train by their averages keep how far those are from the training data
+    with_source: bool = (
+        False  # norms that train by their averages keep how far those are from the training data
+    )
 
 
 @dataclass(frozen=True)
@@ -172,9 +173,7 @@ def main(given: list[str], adapt: bool) -> int:
         except Exception as error:  # of one job, maybe in somebody's code; the table has the others
             if len(files) == 1 and not isinstance(error, CommandError | FileNotFoundError):
                 raise
-            lost[file] = (
-                str(error) if isinstance(error, CommandError) else f"{type(error).__name__}: {error}"
-            )
+            lost[file] = str(error) if isinstance(error, CommandError) else f"{type(error).__name__}: {error}"
     if not rows:
         print("\n".join(dict.fromkeys(lost.values())), file=sys.stderr)
         return 2
