@@ -156,6 +156,7 @@ def test_the_training_does_not_notice(kind, source):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, BatchRenorm])
+@pytest.mark.filterwarnings("default::bnlight.population.UnconvergedAverages")  # the trainings are short
 def test_validation_and_its_checkpoint_have_the_statistics_of_their_weights(kind, tmp_path):
     for validate in (True, False):
         module, saving = (
@@ -183,6 +184,7 @@ def test_stock_lightning_validates_by_statistics_of_older_weights():
 
 @pytest.mark.parametrize("source", [fixed, ours])
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, BatchRenorm])
+@pytest.mark.filterwarnings("default::bnlight.population.UnconvergedAverages")  # the trainings are short
 def test_a_resumed_run_equals_one_that_never_stopped(kind, source, tmp_path):
     """As without the callback, that needs an order which a checkpoint brings back."""
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -330,6 +332,7 @@ def swa() -> StochasticWeightAveraging:
 
 
 @pytest.mark.parametrize("kind", [BatchNorm, BatchRenorm])
+@pytest.mark.filterwarnings("default::bnlight.population.UnconvergedAverages")  # the trainings are short
 def test_stock_swa_does_not_see_our_layers_and_leaves_them_the_statistics_of_the_last_weights(kind):
     stock, ours = Module(kind), Module(kind)
     with warnings.catch_warnings():

@@ -248,3 +248,26 @@ def test_on_a_full_disk_it_is_printed_and_the_last_one_stays_whole(tmp_path, cap
         assert list((small / "mine").iterdir()) == []
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_an_option_of_the_norm_is_a_condition_in_which_the_norms_meet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for size in (2, 8):
+        for norm, base in (("batch", 0.8), ("batch_layer", 0.9)):
+            scored("outputs/ghost", norm, [base, base + 0.01], {"norm.virtual_batch_size": size})
+    comparison = compare("outputs/ghost", by=["norm.virtual_batch_size"])
+    assert comparison.axes.contenders == ["norm"]
+    assert comparison.axes.conditions == ["norm.virtual_batch_size"]
+    assert comparison.axes.averaged == []
+    assert {cell.contender for cell in comparison.cells} == {"batch", "batch_layer"}
+    assert len(comparison.cells) == 4
+
+
+def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    job = write_job("outputs/plain", result={"val_acc": 0.5})
+    (job / "metrics.csv").write_text("attempt,step,epoch,time,val_acc\n1,10,0,1.0,0.5\n")
+    code, _, error = run(capsys, "outputs/plain", "--metric", "val/acc")
+    assert code == 2
+    assert "val_acc" in error.partition("there are: ")[2]
+    assert "epoch" not in error.partition("there are: ")[2].split(", ")

@@ -480,3 +480,14 @@ def test_the_example_runs() -> None:
     result = doctest.testmod(doctor)
     assert result.attempted
     assert result.failed == 0
+
+
+def test_what_is_synchronized_already_is_not_told_to_be_and_renorm_not_to_take_other_statistics() -> None:
+    model = bnlight.sync_norm(conv(BatchNorm))
+    finding = found(model, images(2), devices=2)["few_values"]
+    assert "4 samples" in finding.problem
+    assert "sync" not in finding.remedy
+    dropped = nn.Sequential(nn.Dropout(0.5), BatchRenorm(3)).train()
+    assert "precise_statistics" not in found(dropped, images(16))["dropout_before"].remedy
+    dropped = nn.Sequential(nn.Dropout(0.5), BatchNorm(3)).train()
+    assert "precise_statistics" in found(dropped, images(16))["dropout_before"].remedy

@@ -97,6 +97,7 @@ def test_a_job_with_averaged_weights_tests_the_averages(project: Path) -> None:
     assert row["metrics"] == pytest.approx({name: row["trained"][name] for name in row["metrics"]}, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("default::bnlight.population.UnconvergedAverages")  # the trainings are short
 def test_adapted_statistics_are_those_of_the_shifted_test_images(
     jobs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +128,7 @@ def test_what_and_how_much_it_adapts_to_is_chosen(jobs: Path) -> None:
     assert much["adapted"] == pytest.approx(much["metrics"], rel=1e-3)
 
 
+@pytest.mark.filterwarnings("default::bnlight.population.UnconvergedAverages")  # the trainings are short
 def test_the_adapted_checkpoint_is_written(jobs: Path, tmp_path: Path) -> None:
     place = job(jobs, "renorm")
     before = copy.deepcopy(bnlight.load(place).state_dict())
@@ -197,6 +199,7 @@ def test_a_checkpoint_of_a_job_is_tested_itself(jobs: Path) -> None:
     assert row["metrics"]["test/accuracy"] == pytest.approx(accuracy(module), abs=1e-6)
 
 
+@pytest.mark.filterwarnings("default::bnlight.population.UnconvergedAverages")  # the trainings are short
 def test_a_module_of_ones_own_is_tested_adapted_and_loaded_from_its_job(project: Path) -> None:
     (project / "mine.py").write_text(MINE)
     assert main(["train", *REGRESSION, *MAE, "norm=renorm"]) == 0
@@ -219,3 +222,24 @@ def test_what_belongs_to_no_job_needs_a_class(tmp_path: Path) -> None:
         bnlight.load(tmp_path / "a.ckpt")
     with pytest.raises(FileNotFoundError, match=r"checkpoints/best\.ckpt"):
         bnlight.load(tmp_path)
+
+
+def test_a_job_that_cannot_be_tested_is_named_and_the_others_are_shown_each_with_its_setting(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "mine.py").write_text(
+        f"{MINE}\n\nclass Untested(Regression):\n    test_step = pl.LightningModule.test_step\n"
+    )
+    rates = [*REGRESSION, *MAE, "module.lr=0.05,0.1", "seed=0,1"]
+    assert (
+        main(["train", "-m", *(f"+{word}" if word.startswith("module.lr") else word for word in rates)]) == 0
+    )
+    words = [word.replace("mine.Regression", "mine.Untested") for word in REGRESSION]
+    assert main(["train", *words, *MAE]) in (0, 1)
+    capsys.readouterr()
+    assert main(["test", "outputs/train"]) == 1
+    said = capsys.readouterr()
+    assert "left out, Untested has no test_step" in said.err
+    lines = [line.split() for line in said.out.splitlines()]
+    assert "lr" in lines[1]
+    assert sum(line[:3] == ["mean", "of", "2"] for line in lines) == 2  # not one of four

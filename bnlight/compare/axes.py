@@ -97,8 +97,9 @@ def assign(
     """Give each key its part; `by` and `tune` are full keys.
 
     `by` names the contenders and conditions: what varies beside them and is not tuned is averaged over. The norm,
-    weight and sync with their options are contenders, any other key is a condition; where `by` names no contender
-    they stay what is compared, and where they do not vary, all of `by` is. `tune` names the tuned keys instead of
+    weight and sync are contenders, any other key is a condition, an option such as `norm.momentum` too; where `by`
+    names no contender they stay what is compared, and where they do not vary, their options in `by` are, or all of
+    `by`. `tune` names the tuned keys instead of
     the default: what `optimizer`, `scheduler` and `norm` hold, or, in a search (`searched`), every key that
     is no contender. A key cannot be both (ValueError).
     """
@@ -117,9 +118,11 @@ def assign(
     else:
         tuned = []
     asked = list(by) if by is not None else [key for key in every if key not in tuned]
-    contenders = [key for key in asked if key.split(".")[0] in _CONTENDERS]
-    if by is not None and not contenders:
-        contenders = [key for key in natural if key not in tuned]
+    options = [key for key in asked if key.split(".")[0] in _CONTENDERS]
+    contenders = options
+    if by is not None:
+        contenders = [key for key in asked if key in _CONTENDERS]
+        contenders = contenders or [key for key in natural if key not in tuned] or options
     contenders = contenders or asked or ["norm"]
     conditions = [key for key in asked if key not in contenders]
     used = [*conditions, *contenders, *tuned]

@@ -179,7 +179,8 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
     monitor = monitor_of(read.configs)
     runs = derive(read.runs, read.history, read.configs, question.target, monitor)
     if question.metric is not None and question.metric not in runs:
-        names = ", ".join(sorted(str(name) for name in runs if "/" in str(name))) or "none"
+        logged = {*map(str, read.history)} - {"directory", "job", "norm", "step", "epoch", "time"}
+        names = ", ".join(sorted(n for n in map(str, runs) if "/" in n or n in logged)) or "none"
         raise ValueError(f"no run in {shown} has the metric {question.metric!r}; there are: {names}")
     metric = question.metric or pick_metric(runs, monitor)
     runs = _judged(runs, metric)

@@ -17,6 +17,8 @@ from bnlight.doctor.look import Call
 from bnlight.norm import (
     BatchInstanceNorm,
     BatchNorm,
+    BatchRenorm,
+    FullNorm,
     GroupNorm,
     InstanceNorm,
     LayerNorm,
@@ -48,6 +50,7 @@ def needs_many(norm: nn.Module) -> bool:
 def few_values(case: Case) -> Iterator[Finding]:
     """Batch statistics over too few values or samples."""
     few: dict[tuple[int, int], list[str]] = {}
+    local = False
     for norm, path, calls in case.calls():
         if not needs_many(norm) or norm not in case.batch_norms:
             continue
@@ -56,9 +59,10 @@ def few_values(case: Case) -> Iterator[Finding]:
         samples, values = call.samples * ranks, call.values * ranks
         if values < FEW_VALUES or samples < FEW_SAMPLES:
             few.setdefault((samples, values), []).append(path)
+            local = local or not case.is_synchronized(norm)
     if few:
         samples, values = min(few)
-        sync = ", synchronize the ranks (sync=world, bnlight.NormSync)" if case.devices > 1 else ""
+        sync = ", synchronize the ranks (sync=world, bnlight.NormSync)" if case.devices > 1 and local else ""
         yield Finding(
             "few_values",
             "warning",
@@ -147,14 +151,17 @@ def dropout_before(case: Case) -> Iterator[Finding]:
     look = case.look
     pairs = [(look.paths[norm], dropout) for norm, dropout in look.dropped.items()]
     first = pairs[0][1]
+    again = not any(
+        isinstance(norm, BatchRenorm | FullNorm) for norm in look.dropped
+    )  # they learn with theirs
     yield Finding(
         "dropout_before",
         "warning",
         tuple(path for path, _ in pairs),
         f"dropout ({look.paths[first]}, p={first.p}) comes before batch statistics: in evaluation the variance is "
         "smaller than the running average",
-        "Put dropout behind the last batch norm, or take the statistics again afterwards "
-        "(bnlight.precise_statistics)",
+        "Put dropout behind the last batch norm"
+        + again * ", or take the statistics again afterwards (bnlight.precise_statistics)",
     )
 
 

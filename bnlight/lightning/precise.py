@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import nn
 
 from bnlight.lightning.training_data import Dataloader, training_batches
-from bnlight.population import precise_statistics
+from bnlight.population import UnconvergedAverages, precise_statistics
 from bnlight.population.observe import Forward, frozen, layers_of
 
 _ESTIMATED = ("running_mean", "running_var")
@@ -63,9 +64,10 @@ class PreciseStatistics(pl.Callback):
         self._step = -1  # the one whose weights the statistics belong to
         self._layers: dict[str, nn.Module] = {}
         self._still: set[str] = set()
+        self._told = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step, self._layers = -1, layers_of(pl_module)
+        self._step, self._layers, self._told = -1, layers_of(pl_module), False
         if self.forward is None and not is_overridden("forward", pl_module):
             raise TypeError(
                 f"PreciseStatistics passes batches through {type(pl_module).__name__}.forward, which does not exist; "
@@ -115,7 +117,11 @@ class PreciseStatistics(pl.Callback):
             training_batches(trainer, pl_module, self.num_batches, self.dataloader) as batches,
             trainer.precision_plugin.forward_context(),
             _training(model, [layer for path, layer in layers.items() if path not in self._still]),
+            warnings.catch_warnings(),
         ):
+            if self._told:  # the averages come from the last estimate, not from their initial values
+                warnings.simplefilter("ignore", UnconvergedAverages)
+            self._told = True
             precise_statistics(model, batches, forward=self.forward)
 
 

@@ -1,14 +1,17 @@
 """Estimate the statistics for evaluation from data: the training set's, or another's."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnlight.norm import BatchRenorm
+from bnlight.norm.core import Moments, Plan
 from bnlight.norm.paths import unwrapped
+from bnlight.population.learned import trains_by_averages, warn_of_unconverged
 from bnlight.population.observe import (
     Forward,
     Pool,
@@ -47,7 +50,9 @@ def precise_statistics(
         forward: called as `forward(model, batch)` instead, for batches of any kind.
 
     Raises ValueError if there are no batches on any rank, TypeError for batches that need a `forward`. Warns of
-    layers that no batch has reached, and of a model whose norms are all frozen; they stay as they are.
+    layers that no batch has reached, and of a model whose norms are all frozen; they stay as they are. Warns
+    (UnconvergedAverages) of BatchRenorm and FullNorm layers whose averages still remember their initial values:
+    by those the network has learned, so evaluate it by them.
 
     Source: Wu and Johnson 2021 (arXiv 2105.07576), section 3; on dropout: Li et al. 2019 (arXiv 1801.05134).
 
@@ -56,12 +61,23 @@ def precise_statistics(
     >>> layer.running_mean, layer.running_var
     (tensor([3.]), tensor([2.5000]))
     """
-    _estimate("precise_statistics", model, batches, forward, 0.0)
+    warn_of_unconverged(
+        "precise_statistics",
+        moving_layers(unwrapped(model)),
+        "Evaluate it as it is; or train longer, with a larger momentum, or a BatchRenorm with "
+        "bnlight.norm.renorm_schedule (callbacks=[default,renorm_schedule]), and estimate then",
+    )
+    _estimate("precise_statistics", model, batches, forward, 0.0, {})
     return model
 
 
 def adapt_statistics(
-    model: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None, source_samples: float = 0.0
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    source_samples: float = 0.0,
+    source: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Adapt the model to other data by their statistics ("AdaBN"); no labels are needed; returns the model.
 
@@ -79,6 +95,16 @@ def adapt_statistics(
     not frozen. In BatchRenorm every layer's batches normalize it meanwhile, so that later layers see adapted
     values; FullNorm normalizes by its running averages: call this two or three times.
 
+    Both train by their running averages, and where those have not converged the network has learned to work with
+    what they are, not with the data's statistics. Then (a warning, UnconvergedAverages, says so) give batches of
+    the training data as `source`. For each such layer it is measured how the averages relate to those data,
+
+    `r = clip(source_std / running_std)` and `d = clip((source_mean - running_mean) / running_std)`
+
+    with a BatchRenorm's own bounds, and the new averages relate so to the new data: `std = target_std / r`, `mean =
+    target_mean - d * std`. On the training data themselves nothing changes, up to the bounds. The other layers do
+    not need it, and one call is enough.
+
     Raises ValueError also for a negative `source_samples`.
 
     Source: Li et al. 2016 (arXiv 1603.04779), section 3.3; `source_samples`: Schneider et al. 2020 (arXiv
@@ -91,22 +117,72 @@ def adapt_statistics(
     """
     if not source_samples >= 0:
         raise ValueError(f"adapt_statistics: source_samples must not be negative, got {source_samples}")
-    renorms = [m for m in unwrapped(model).modules() if isinstance(m, BatchRenorm)]
-    bounds = [(layer.r_max.clone(), layer.d_max.clone()) for layer in renorms]
-    try:
-        for layer in renorms:  # batch norm
-            layer.r_max.fill_(1)
-            layer.d_max.fill_(0)
-        _estimate("adapt_statistics", model, batches, forward, source_samples)
-    finally:
-        for layer, (r_max, d_max) in zip(renorms, bounds, strict=True):
-            layer.r_max.copy_(r_max)
-            layer.d_max.copy_(d_max)
+    net = unwrapped(model)
+    moving = moving_layers(net)
+    if source is None:
+        corrections: dict[str, Correction] = {
+            path: _AS_BATCH_NORM for path, layer in moving.items() if isinstance(layer, BatchRenorm)
+        }
+        warn_of_unconverged(
+            "adapt_statistics",
+            moving,
+            "Give batches of its training data as source=, on the command line --with-source, and it keeps what it "
+            "has learned with",
+        )
+    else:
+        learned = {path: layer for path, layer in moving.items() if trains_by_averages(layer)}
+        pools = pooled("adapt_statistics", net, learned, source, forward, training=True) if learned else []
+        corrections = {pool.path: _correction(pool) for pool in pools if pool.reached}
+    _estimate("adapt_statistics", model, batches, forward, source_samples, corrections)
     return model
 
 
+Correction = tuple[Tensor | float, Tensor | float]
+"""The factor and the shift that a layer's normalized values get, each `(C,)` or one number."""
+_AS_BATCH_NORM: Correction = (1.0, 0.0)
+
+
+def _correction(pool: Pool) -> Correction:
+    """How a layer that trains by its averages relates them to the values in the pool."""
+    layer: Any = pool.layer
+    std = (pool.running("running_var").to(pool.var) + layer.eps).sqrt()
+    r = (pool.unbiased() + layer.eps).sqrt() / std
+    d = (pool.mean - pool.running("running_mean")) / std
+    if isinstance(layer, BatchRenorm):
+        r_max, d_max = layer.r_max.to(r), layer.d_max.to(r)
+        r = r.clamp(1 / r_max if layer.r_min is None else r_max.new_tensor(layer.r_min), r_max)
+        d = d.clamp(-d_max, d_max)
+    return r, d
+
+
+@contextmanager
+def _corrected(moving: dict[str, nn.Module], corrections: dict[str, Correction]) -> Iterator[None]:
+    """These layers normalize by the batch with corrections that are given, not taken from their averages."""
+
+    def step_of(layer: Any, correction: Correction) -> Any:
+        def step(batch: Moments, used: Tensor | None) -> Plan:
+            layer.follows(batch, used)
+            r, d = (batch.mean.new_tensor(1.0) * value for value in correction)
+            return Plan(batch.mean, batch.var, correction=(r.to(batch.mean), d.to(batch.mean)))
+
+        return step
+
+    try:
+        for path, correction in corrections.items():
+            moving[path].__dict__["step"] = step_of(moving[path], correction)
+        yield
+    finally:
+        for path in corrections:
+            moving[path].__dict__.pop("step", None)
+
+
 def _estimate(
-    name: str, model: nn.Module, batches: Iterable[Any], forward: Forward | None, source_samples: float
+    name: str,
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None,
+    source_samples: float,
+    corrections: dict[str, Correction],
 ) -> None:
     net = unwrapped(model)
     moving = moving_layers(net)
@@ -119,17 +195,24 @@ def _estimate(
                 stacklevel=3,
             )
         return
-    pools = pooled(name, net, moving, batches, forward, training=True)
+    with _corrected(moving, corrections):
+        pools = pooled(name, net, moving, batches, forward, training=True)
     with torch.inference_mode(False), torch.no_grad():  # what is written may be trained with
         for pool in pools:
-            _write(pool, source_samples)
+            _write(pool, source_samples, corrections.get(pool.path, _AS_BATCH_NORM))
     warn_of_missed(name, pools, stacklevel=4)
 
 
-def _write(pool: Pool, source_samples: float) -> None:
+def _write(pool: Pool, source_samples: float, correction: Correction) -> None:
     """Make the layer's running averages those of the pool, where that has enough values, or mix them."""
     share = 1.0 if source_samples == 0 else pool.samples / (pool.samples + source_samples)
-    for name, values in (("running_mean", pool.mean), ("running_var", pool.unbiased())):
+    mean, var = pool.mean, pool.unbiased()
+    if correction is not _AS_BATCH_NORM:
+        layer: Any = pool.layer
+        (r, d), eps = correction, layer.eps
+        std = (var + eps).sqrt() / r
+        mean, var = mean - d * std, (std * std - eps).clamp(min=0)
+    for name, values in (("running_mean", mean), ("running_var", var)):
         old = pool.running(name)
         kept = old if old.shape == pool.shape else old.view(-1, *[1] * (len(pool.shape) - 1))
         mixed = (

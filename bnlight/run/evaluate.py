@@ -7,14 +7,16 @@ import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import arguments, instantiate
+from bnlight.norm import BatchRenorm
 from bnlight.population import adapt_statistics
 from bnlight.population.observe import moving_layers
 from bnlight.run.isolation import isolated, log_to
@@ -33,6 +35,9 @@ class Adaptation:
     part: str = "test"  # or train, val
     batches: int | None = None  # all
     source_samples: float = 0.0
+    with_source: bool = (
+        False  # norms that train by their averages keep how far those are from the training data
+    )
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Row:
     metrics: dict[str, float]
     adapted: dict[str, float] | None = None
     samples: int = 0  # by which it was adapted
+    metric: str = ""  # the monitored one of the test, failing that the first
+    settings: dict[str, Any] = field(default_factory=dict)  # what else varies between the jobs, seeds aside
 
 
 def evaluate(
@@ -82,11 +89,15 @@ def evaluate(
         _refuse_other_shapes(own, data)
         saved = read_checkpoint(checkpoint)
         module = restored(build_module(was, own), saved).eval()
+        if not is_overridden("test_step", module):
+            raise CommandError(f"{type(module).__name__} has no test_step, so there is nothing to test")
         metrics = _tested(config, module, data)
         adapted, samples = None, 0
         if adaptation is not None and moving_layers(module):
             counted = _Counted(_batches(data, adaptation))
-            adapt_statistics(module, counted, source_samples=adaptation.source_samples)
+            _say_where_averages_began(module, was)
+            source = _batches(own, Adaptation("train")) if adaptation.with_source else None
+            adapt_statistics(module, counted, source_samples=adaptation.source_samples, source=source)
             adapted, samples = _tested(config, module, data), counted.samples
             if save is not None:
                 note = {
@@ -100,7 +111,19 @@ def evaluate(
     result = read_json(checkpoint.parent.parent / "result.json").get("metrics", {})
     trained = {name: value for name, value in result.items() if name in metrics and value is not None}
     norm = was["job"]["choices"].get("norm", "?")
-    return Row(was["job"]["name"], norm, was.get("seed"), str(checkpoint), trained, metrics, adapted, samples)
+    name = _metric(was, metrics)
+    return Row(
+        was["job"]["name"], norm, was.get("seed"), str(checkpoint), trained, metrics, adapted, samples, name
+    )
+
+
+def _say_where_averages_began(module: pl.LightningModule, config: Mapping[str, Any]) -> None:
+    """What a schedule sets on a layer is in no checkpoint: that its averages have forgotten their initial values."""
+    targets = [str(callback.get("_target_")) for callback in config["callbacks"].values() if callback]
+    if any(target.endswith(".RenormSchedule") for target in targets):
+        for layer in module.modules():
+            if isinstance(layer, BatchRenorm):
+                layer.warm_start = True
 
 
 def checkpoints(place: Path) -> Iterator[Path]:
@@ -132,20 +155,33 @@ def main(given: list[str], adapt: bool) -> int:
     """The commands; returns the exit code."""
     options = parser(adapt).parse_intermixed_args(given)
     if adapt:
-        adaptation = Adaptation(options.to, options.batches, options.source_samples)
+        adaptation = Adaptation(options.to, options.batches, options.source_samples, options.with_source)
         save = options.save
     else:
         adaptation, save = None, None
+    rows, lost = [], {}
     try:
         files = list(checkpoints(options.place))
         if save is not None and len(files) > 1:
             raise CommandError(f"--save is for one job, and {options.place} holds {len(files)}")
-        rows = [evaluate(file, options.overrides, adaptation, options.batch_size, save) for file in files]
     except (CommandError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    metric = _metric(job_config(files[0]), rows)
-    print(table(rows, metric, adapt))
+    for file in files:
+        try:
+            rows.append(evaluate(file, options.overrides, adaptation, options.batch_size, save))
+        except Exception as error:  # of one job, maybe in somebody's code; the table has the others
+            if len(files) == 1 and not isinstance(error, CommandError | FileNotFoundError):
+                raise
+            lost[file] = str(error) if isinstance(error, CommandError) else f"{type(error).__name__}: {error}"
+    if not rows:
+        print("\n".join(dict.fromkeys(lost.values())), file=sys.stderr)
+        return 2
+    for file, reason in lost.items():
+        print(f"{file.parent.parent.name}: left out, {reason}", file=sys.stderr)
+    rows = _with_settings(options.place, rows)
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    print("\n\n".join(table([r for r in rows if r.metric == metric], metric, adapt) for metric in metrics))
     if adaptation is not None:
         counts = {row.samples for row in rows if row.adapted is not None}
         which = (
@@ -155,10 +191,29 @@ def main(given: list[str], adapt: bool) -> int:
     if options.json is not None:
         write_json(
             options.json,
-            {"metric": metric, "data": options.overrides, "adaptation": adaptation and asdict(adaptation)}
+            {"metric": metrics[0], "data": options.overrides, "adaptation": adaptation and asdict(adaptation)}
             | {"jobs": [asdict(row) for row in rows]},
         )
-    return 0
+    return 1 if lost else 0
+
+
+def _with_settings(place: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows with what varies between their jobs, by the comparison's own reading of the configs."""
+    from bnlight.compare.axes import assign, shown, varying_keys
+    from bnlight.compare.read import read_runs
+
+    if len(rows) < 2:
+        return list(rows)
+    folders = [Path(row.checkpoint).parent.parent for row in rows]
+    read = read_runs(*folders)
+    axes = assign(varying_keys(read.runs, read.configs), read.configs)
+    by_path = {str(path): str(key) for key, path in read.runs["path"].items()}
+    varying = [key for key in axes.keys if key != "norm" and key in read.configs]
+    settings = [dict(read.configs.loc[by_path[str(folder.absolute())]]) for folder in folders]
+    return [
+        replace(row, settings={axes.label(key): shown(own[key]) for key in varying})
+        for row, own in zip(rows, settings, strict=True)
+    ]
 
 
 def parser(adapt: bool) -> argparse.ArgumentParser:
@@ -195,26 +250,36 @@ def parser(adapt: bool) -> argparse.ArgumentParser:
             help="count the statistics of training as those of N samples (default: 0)",
         )
         made.add_argument(
+            "--with-source",
+            action="store_true",
+            help="norms that train by running averages (renorm, full) keep how far those are from the training data, "
+            "which are read too; for averages that have not converged",
+        )
+        made.add_argument(
             "--save", type=Path, metavar="FILE", help="write the adapted checkpoint of a single job"
         )
     return made
 
 
 def table(rows: Sequence[Row], metric: str, adapt: bool) -> str:
-    """The rows as text, and below them each norm's mean over its jobs where it has several."""
+    """The rows as text, and below them the mean over the seeds of each norm and setting that has several."""
     heads = ["source", "adapted"] if adapt else ["in training", "here"]
-    lines = [["job", "norm", "seed", *heads, "difference"]]
+    varying = list(dict.fromkeys(name for row in rows for name in row.settings))
+    lines = [["job", "norm", *varying, "seed", *heads, "difference"]]
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        lines.append([row.job, row.norm, str(row.seed), *_numbers([row], metric, adapt)])
-    norms = {norm: [row for row in rows if row.norm == norm] for norm in dict.fromkeys(r.norm for r in rows)}
-    if any(len(group) > 1 for group in norms.values()):
+        setting = (row.norm, *(row.settings.get(name, "-") for name in varying))
+        groups.setdefault(setting, []).append(row)
+        lines.append([row.job, *setting, str(row.seed), *_numbers([row], metric, adapt)])
+    if any(len(group) > 1 for group in groups.values()):
         lines.append([])
-        for norm, group in norms.items():
-            lines.append([f"mean of {len(group)}", norm, "", *_numbers(group, metric, adapt)])
+        for setting, group in groups.items():
+            lines.append([f"mean of {len(group)}", *setting, "", *_numbers(group, metric, adapt)])
     widths = [max(len(line[i]) for line in lines if line) for i in range(len(lines[0]))]
+    words = 3 + len(varying)
     text = [
         "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
+            cell.ljust(width) if i < words else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=False))
         ).rstrip()
         for line in lines
@@ -235,11 +300,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _metric(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def _metric(config: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
     """The monitored metric of the test, failing that the first that there is."""
-    names = list(rows[0].metrics)
     wanted = (monitored(config)[0] or "").removeprefix("val")
-    return next((name for name in names if wanted and name == f"test{wanted}"), names[0])
+    return next((name for name in metrics if wanted and name == f"test{wanted}"), next(iter(metrics)))
 
 
 def _tested(config: Mapping[str, Any], module: pl.LightningModule, data: Any) -> dict[str, float]:
