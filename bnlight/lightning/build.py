@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
     from hydra import utils
     from hydra.errors import InstantiationException
 
-    plan = {**config, "_convert_": "all", **({"_partial_": True} if kwargs else {})}
+    plan = {**_literal(config), "_convert_": "all", **({"_partial_": True} if kwargs else {})}
     trust = {"_execution_whitelist_": whitelist} if (whitelist := any_target()) else {}
     try:
         built = utils.instantiate(plan, *args, **trust)
@@ -31,6 +32,20 @@ def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
         cause.add_note(_note(config))
         raise cause from None
     return _called(built, config, kwargs) if kwargs else built
+
+
+def _literal(value: Any) -> Any:
+    """A resolved config that Hydra resolves to itself: what is left in it that looks like an interpolation is text."""
+    if isinstance(value, Mapping):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(item) for item in value]
+    return literal(value) if isinstance(value, str) else value
+
+
+def literal(text: str) -> str:
+    """The text with its `${` escaped as OmegaConf wants it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def call(config: Config) -> Any:

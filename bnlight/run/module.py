@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning.build import (
@@ -26,6 +27,7 @@ from bnlight.lightning.replace import replace_norms
 from bnlight.norm import NORMS
 
 log = logging.getLogger(__name__)
+WANDB = "bnlight.run.tracking.logger.wandb_logger"
 CHOICES = ("model", "optimizer", "scheduler")  # groups that a module of one's own may do without
 
 
@@ -76,6 +78,15 @@ def build_data(config: Config) -> pl.LightningDataModule:
     if not isinstance(data, pl.LightningDataModule):
         raise TypeError(_wrong_kind("data", config["data"]["_target_"], type(data), "LightningDataModule"))
     return data
+
+
+def build_logger(config: Config, *job: Any) -> Logger:
+    """The logger of `config`: bnlight's own is told of the `job`, any other is what its arguments make of it."""
+    given = {key: value for key, value in config.items() if key != "_partial_"}
+    built = instantiate(config)(*job) if config["_target_"] == WANDB else instantiate(given)
+    if not isinstance(built, Logger):
+        raise TypeError(_wrong_kind("logger", config["_target_"], type(built), "loggers.Logger"))
+    return built
 
 
 def monitored(config: Config) -> tuple[str | None, str]:

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from bnlight.data.shift import Shift
 from bnlight.lightning.build import arguments
 from bnlight.run import identity, searchpath
-from bnlight.run.application import Primary, list_choices
+from bnlight.run.application import Primary
+from bnlight.run.check import list_choices
 from bnlight.run.job import CommandError
 
 CHANGEABLE = ("data", "trainer", "threads")
