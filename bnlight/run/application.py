@@ -76,7 +76,7 @@ def compose_job(arguments: list[str]) -> dict[str, Any]:
     try:
         _expect_a_job(primary)
         composed = primary.compose(line.texts)
-        check_config(composed)
+        check_config(composed, line.texts)
         config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise CommandError(explain(error, line.texts, primary)) from error

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bnlight.lightning.stop import seconds
 from bnlight.run.groups import wrong_group
-from bnlight.run.identity import known_keys
+from bnlight.run.identity import known_keys, typed
 from bnlight.run.prune import KEEP
 from bnlight.run.ranks.processes import WrongDevices, already_started, processes_of
 from bnlight.run.ranks.started import WrongRanks, check_ranks
@@ -48,29 +48,33 @@ def list_choices(wanted: str, known: set[str]) -> str:
     return f"{hint}Keys: {', '.join(sorted(known))}."
 
 
-def check_config(config: DictConfig, hydra: Any = None) -> None:
-    """Refuse a part of the config that nothing reads, or that nothing can be built from."""
+def check_config(config: DictConfig, given: list[str], hydra: Any = None) -> None:
+    """Refuse a part of the config that nothing reads, or that nothing can be built from; `given` are the overrides."""
     absent = [key for key in NEEDED if key not in config]
     if absent:
         raise CommandError(f"the config has no {', '.join(absent)}; a job needs {', '.join(NEEDED)}")
-    parts = [OmegaConf.to_container(part, resolve=False) for part in (config, hydra) if part is not None]
+    parts = [OmegaConf.to_container(config, resolve=False)]
+    if hydra is not None:  # its help speaks of keys that there are not
+        parts += [OmegaConf.to_container(hydra[key], resolve=False) for key in ("run", "sweep", "job")]
     used = " ".join(_interpolations(parts))
     for key in {str(key) for key in config} - known_keys() - {"hydra"}:
         if not re.search(rf"(?<!\w){re.escape(key)}(?!\w)", used):
-            raise CommandError(f"'{key}' is a key that nothing reads.{_meant(key, config, hydra)}")
+            adds = next((text for text in given if re.match(rf"\+*{re.escape(key)}(?!\w)", text)), None)
+            what = f"'{adds}' adds a key" if adds else f"the config has a key '{key}'"
+            raise CommandError(f"{what} that nothing reads.{_meant(key, config, hydra)}")
     if wrong := wrong_group(config):
         raise CommandError(wrong)
 
 
 def _interpolations(value: Any) -> Iterator[str]:
-    """Every text in a container that refers to something."""
+    """What is inside the `${...}` of a container's texts."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
         for item in value:
             yield from _interpolations(item)
-    elif isinstance(value, str) and "${" in value:
-        yield value
+    elif isinstance(value, str):
+        yield from re.findall(r"\$\{.*\}", value)
 
 
 def _meant(key: str, config: DictConfig, hydra: Any) -> str:
@@ -85,7 +89,7 @@ def _meant(key: str, config: DictConfig, hydra: Any) -> str:
 
 def check_command(config: DictConfig, hydra: Any) -> None:
     """Refuse, before any directory is touched, what is wrong with the command and not with the job."""
-    check_config(config, hydra)
+    check_config(config, typed(hydra), hydra)
     if config.rerun not in RERUN:
         raise CommandError(f"rerun={config.rerun} is unknown; choose one of null, failed, all")
     if config.progress not in STYLES:

@@ -41,7 +41,7 @@ def explain(error: Exception, texts: Sequence[str], primary: Primary) -> str:
     place = ".".join(parents)
     try:
         jobs = _jobs(texts, primary)
-        found = [_place(tuple(_choices(job)), key.group(2), primary) for job in jobs]
+        found = [_place(tuple(_choices(job, key.group(2))), key.group(2), primary) for job in jobs]
     except (HydraException, OmegaConfBaseException):
         return text
     wrong = next((number for number, one in enumerate(found) if last not in one.known), None)
@@ -84,9 +84,10 @@ def _place(chosen: tuple[str, ...], path: str, primary: Primary) -> _Place:
     return _Place(frozenset(known if parents else known - {"hydra"}), option)
 
 
-def _choices(job: Sequence[str]) -> list[str]:
-    """Those of a job's overrides that choose options of groups, or may."""
-    return [text for text in job if "." not in text.partition("=")[0] and not text.startswith(("hydra", "~"))]
+def _choices(job: Sequence[str], path: str) -> list[str]:
+    """Those of a job's overrides that choose options of groups, or may; not what set the path."""
+    keys = {text: text.partition("=")[0] for text in job}
+    return [text for text, key in keys.items() if "." not in key and key != path and key[:5] != "hydra"]
 
 
 def _jobs(texts: Sequence[str], primary: Primary) -> list[list[str]]:

@@ -75,10 +75,10 @@ def wrong_group(config: DictConfig) -> str | None:
             for name, callback in part.items():
                 if callback is not None and not _builds(callback):
                     return (
-                        f"callbacks.{name}={callback}: expected what builds a callback, such as "
-                        f"+callbacks.{name}._target_=my_package.MyCallback, or null"
+                        f"callbacks.{name!s}={callback}: expected what builds a callback, such as "
+                        f"+callbacks.{name!s}._target_=my_package.MyCallback, or null"
                     )
-        elif not _builds(part, or_nothing=group in NOTHING):
+        elif not _builds(part, or_nothing=group in NOTHING and group != "norm"):
             seen = f"{group} is {part}" if not isinstance(part, DictConfig) else f"{group} names no _target_"
             return f"{seen}: expected one of its options ({', '.join(options(group))}), or a block with a _target_"
     return None
@@ -88,7 +88,7 @@ def _builds(part: Any, or_nothing: bool = False) -> bool:
     if not isinstance(part, DictConfig) or "_target_" not in part:
         return False
     target = part._get_node("_target_")
-    return or_nothing or not (target is None or target._is_none())  # type: ignore[union-attr]
+    return or_nothing or not (target is None or target._is_none())
 
 
 def _named(group: str, value: Any) -> str:

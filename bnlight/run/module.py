@@ -80,7 +80,7 @@ def build_data(config: Config) -> pl.LightningDataModule:
     return data
 
 
-def build_logger(config: Config, *job: Any) -> Logger:
+def build_logger(config: Config, *job: Any) -> Any:
     """The logger of `config`: bnlight's own is told of the `job`, any other is what its arguments make of it."""
     given = {key: value for key, value in config.items() if key != "_partial_"}
     built = instantiate(config)(*job) if config["_target_"] == WANDB else instantiate(given)

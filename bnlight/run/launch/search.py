@@ -112,7 +112,8 @@ class Search(Sweeper):
         self.base = self.context.config_loader.load_sweep_config(self.root, fixed)
         if self.base.monitor.metric is None:
             raise CommandError(
-                "a search needs a metric to judge its trials by, and monitor.metric is null: monitor.metric=val/accuracy"
+                "a search needs a metric to judge its trials by, and monitor.metric is null: choose one, such as "
+                "monitor.metric=val/accuracy"
             )
         mode = self.base.monitor.mode
         self.direction = self.stock.direction or DIRECTIONS.get(mode, "maximize")
