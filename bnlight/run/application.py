@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bnlight.lightning.build import any_target
 from bnlight.run import identity, searchpath, sweep
 from bnlight.run.check import check_config
-from bnlight.run.command_line import CommandLine, read_command_line
+from bnlight.run.command_line import CommandLine, parsed, read_command_line
 from bnlight.run.explain import explain
 from bnlight.run.groups import without_null
 from bnlight.run.job import CommandError, run_job
@@ -69,9 +69,10 @@ def compose_job(arguments: list[str]) -> dict[str, Any]:
     launchers.register()
     line = read_command_line(arguments)
     primary = _primary(line, "train", None)
-    if line.flags:
+    strange = [text for text in line.texts if not parsed([text])]
+    if line.flags or strange:
         raise CommandError(
-            f"{' '.join(line.flags)}: expected overrides, such as norm=batch data.batch_size=8"
+            f"{' '.join([*line.flags, *strange])}: expected overrides, such as norm=batch data.batch_size=8"
         )
     try:
         _expect_a_job(primary)

@@ -46,11 +46,6 @@ class CommandLine:
         """For Hydra, which finds the overrides only if they stand together."""
         return [*self.flags, *([] if "--hydra-help" in self.flags else self.texts)]
 
-    @property
-    def overrides(self) -> list[Override]:
-        """The overrides, parsed; what Hydra's parser refuses it will refuse again, with its own message."""
-        return parsed(self.texts)
-
 
 def read_command_line(arguments: Sequence[str]) -> CommandLine:
     """Raises CommandError for what is no flag of Hydra's, has no value, or would be without effect."""
@@ -69,7 +64,7 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
 
 
 def parsed(texts: Sequence[str]) -> list[Override]:
-    """Those that Hydra's parser takes."""
+    """Those that Hydra's parser takes; what it refuses it will refuse again, with its own message."""
     found = []
     for text in texts:
         with contextlib.suppress(HydraException):
