@@ -40,7 +40,9 @@ def _literal(value: Any) -> Any:
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_literal(item) for item in value]
-    return literal(value) if isinstance(value, str) else value
+    return (
+        literal(literal(value)) if isinstance(value, str) else value
+    )  # Hydra resolves it, and then its values
 
 
 def literal(text: str) -> str:

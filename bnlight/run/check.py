@@ -117,7 +117,8 @@ def check_command(config: DictConfig, hydra: Any) -> None:
             seconds(config.get(key), key)
         except ValueError as error:
             raise CommandError(str(error)) from None
-    asked = [override for override in hydra.overrides.hydra if override.startswith("hydra/launcher=")]
+    launchers = [override for override in hydra.overrides.hydra if override.startswith("hydra/launcher=")]
+    asked = [override for override in launchers if override != "hydra/launcher=basic"]
     if asked and hydra.mode.name != "MULTIRUN":  # a config of one's own may name the launcher of all sweeps
         raise CommandError(f"{asked[-1]} is for the jobs of a sweep, and this is a single job: add -m")
     from bnlight.run import sweep  # here, as it lists jobs, which are checked here

@@ -32,6 +32,8 @@ def explain(error: Exception, texts: Sequence[str], primary: Primary) -> str:
     unknown = re.search(r"Could not find '(\w+)/", text)
     if unknown and unknown.group(1) not in (*GROUPS, "hydra"):
         text += f"\nThe folder that holds your {unknown.group(1)}/ is named by --config-dir=FOLDER"
+    if "Cannot merge DictConfig with ListConfig" in text:
+        text += "\nA group, callbacks too, is a block of names and values, not a list"
     if "Error parsing override" in text and "${" in text:
         text += "\nA value with ${...} in it is put into quotes of its own: 'optimizer.lr=\"${...}\"'"
     key = re.search(r"Key '([^']*)' is not in struct.*?full_key: (\S+)", text, re.DOTALL)

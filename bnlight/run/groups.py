@@ -94,8 +94,9 @@ def _builds(part: Any, or_nothing: bool = False) -> bool:
 def _named(group: str, value: Any) -> str:
     if value is None:
         return NOTHING.get(group, "'null'")
-    text = Override._get_value_element_as_str(value)
-    return f"'{text}'" if isinstance(value, int | float) else text
+    if isinstance(value, int | float):
+        return f"'{str(value).lower()}'"
+    return Override._get_value_element_as_str(value)
 
 
 def _option(group: str, option: str) -> dict[str, Any]:

@@ -84,6 +84,9 @@ def _refused_by_lightning(trainer: Mapping[str, Any]) -> str | None:
         and not (key in WHOLE and type(value) is int and value > 0)
         and not isinstance(value, Mapping)
     }
+    accumulated = asked.get("accumulate_grad_batches", 1)
+    if type(accumulated) is not int or accumulated < 1:
+        return f"trainer.accumulate_grad_batches={accumulated}: expected 1, 2, ..."
     accelerator = asked.pop("accelerator", "auto")
     nodes = asked.pop("num_nodes", 1)
     if type(nodes) is not int or nodes < 1:
