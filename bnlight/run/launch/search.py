@@ -95,6 +95,9 @@ class Search(Sweeper):
             if isinstance(value, float) and math.isnan(value):
                 trial.set_user_attr("diverged", True)
                 returned.return_value = self._worst()
+            elif value is None and returned.status == JobStatus.COMPLETED:
+                returned.status = JobStatus.FAILED
+                returned.return_value = JobFailed(f"it has ended without {self.base.monitor.metric}")
         if self.base.get("fail_fast") and any(one.status == JobStatus.FAILED for one in returns):
             raise FailFast
         return returns
