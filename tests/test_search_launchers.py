@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import SMALL
 from search import acts, ours, rates, trials
 from slurm import cluster, slurm
 
@@ -66,3 +67,33 @@ def test_trials_have_their_values_wherever_they_run_and_broken_ones_end_nothing(
             assert trial.state.name == "FAIL"
     assert main(command) == 1
     assert len(trials(ours)) == len(rates(ours)) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["monitor.metric=null"], "a search needs a metric to judge its trials by"),
+        (["norm=glob(nothing*)"], "the search has no values: norm=glob(nothing*) matches nothing"),
+        (["seed=glob(*)"], "the search has no values: seed=glob(*) matches nothing"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_in_words(
+    ours: Path, project: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(["sweep", "ours", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_search_over_what_matches_has_its_trials(project: Path) -> None:
+    own = ["hydra/sweeper=search", "hydra/sweeper/sampler=random", "hydra.sweeper.n_trials=2"]
+    assert main(["train", *SMALL, *own, "-m", "norm=glob(batch_*)", "hydra.sweep.dir=outputs/ours"]) == 0
+    chosen = [trial.params["norm"] for trial in trials(project / "outputs" / "ours")]
+    assert len(chosen) == 2
+    assert {*chosen} <= {"batch_instance", "batch_layer"}
+
+
+def test_a_trial_without_the_metric_has_failed(
+    ours: Path, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", "ours", "+trainer.max_steps=2", "hydra.sweeper.n_trials=1"]) == 1
+    assert [trial.state.name for trial in trials(ours)] == ["FAIL"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
     from hydra import utils
     from hydra.errors import InstantiationException
 
-    parts = _watched(config) if factory.current else config
+    parts = _literal(_watched(config) if factory.current else config)
     plan = {**parts, "_convert_": "all", **({"_partial_": True} if kwargs else {})}
     trust = {"_execution_whitelist_": whitelist} if (whitelist := any_target()) else {}
     try:
@@ -49,6 +50,22 @@ def _part(value: Any) -> Any:
     if isinstance(value, Mapping):
         return instantiate(value) if value.get("_partial_") and "_target_" in value else _watched(value)
     return [_part(item) for item in value] if isinstance(value, list) else value
+
+
+def _literal(value: Any) -> Any:
+    """A resolved config that Hydra resolves to itself: what is left in it that looks like an interpolation is text."""
+    if isinstance(value, Mapping):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(item) for item in value]
+    return (
+        literal(literal(value)) if isinstance(value, str) else value
+    )  # Hydra resolves it, and then its values
+
+
+def literal(text: str) -> str:
+    """The text with its `${` escaped as OmegaConf wants it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def call(config: Config) -> Any:

@@ -28,7 +28,8 @@ class Checkpoint(ModelCheckpoint):
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        validates = trainer.enable_validation and sum(trainer.num_val_batches) > 0
+        to_come = trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0
+        validates = trainer.enable_validation and to_come  # perhaps in a later epoch
         if self.monitor is not None and self.monitor not in trainer.callback_metrics and not validates:
             raise ValueError(self._not_logged(trainer))
         with self._told(trainer):

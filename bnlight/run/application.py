@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,17 +12,18 @@ from typing import Any, NamedTuple
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bnlight.lightning.build import any_target
-from bnlight.run import identity, searchpath
+from bnlight.run import identity, searchpath, sweep
+from bnlight.run.check import check_config
+from bnlight.run.command_line import CommandLine, parsed, read_command_line
+from bnlight.run.explain import explain
+from bnlight.run.groups import without_null
 from bnlight.run.job import CommandError, run_job
 from bnlight.run.launch import launchers
-from bnlight.run.launch.search import installed
 
 # Hydra 1.3 warns without a version base, 1.4 with one.
 VERSION_BASE: Any = {} if any_target() else {"version_base": "1.3"}
@@ -45,19 +44,19 @@ def run_hydra(
     identity.register()
     searchpath.register()
     launchers.register()
-    named, arguments = _take(arguments, "--config-name", "-cn")
-    where, arguments = _take(arguments, "--config-dir", "-cd")
-    primary = Primary(named or config_name, Path(where) if where else folder)
-    overrides = _overrides(arguments)
+    line = read_command_line(arguments)
+    primary = _primary(line, config_name, folder)
     try:
-        _refuse_new_top_level_keys(overrides, primary)
+        _expect_a_job(primary)
         application = hydra.main(config_path=primary.path, config_name=primary.name, **VERSION_BASE, **TRUST)(
             task
         )
-        with _hydra_raises(), _argv(["bnlight", *arguments]):
+        with _hydra_raises(), _argv(["bnlight", *line.arguments]):
             application()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise CommandError(_explain(error, overrides, primary)) from error
+        raise CommandError(explain(error, line.texts, primary)) from error
+    if sweep.current is not None and sweep.current.empty:
+        raise CommandError(f"the sweep has no jobs: {' and '.join(sweep.current.empty)} matches nothing")
 
 
 def compose_job(arguments: list[str]) -> dict[str, Any]:
@@ -68,19 +67,22 @@ def compose_job(arguments: list[str]) -> dict[str, Any]:
     identity.register()
     searchpath.register()
     launchers.register()
-    named, arguments = _take(arguments, "--config-name", "-cn")
-    where, arguments = _take(arguments, "--config-dir", "-cd")
-    primary = Primary(named or "train", Path(where) if where else None)
-    overrides = _overrides(arguments)
-    strange = [text for text in arguments if text not in {override.input_line for override in overrides}]
-    if strange:
-        raise CommandError(f"{' '.join(strange)}: expected overrides, such as norm=batch data.batch_size=8")
+    line = read_command_line(arguments)
+    primary = _primary(line, "train", None)
+    strange = [text for text in line.texts if not parsed([text])]
+    if line.flags or strange:
+        raise CommandError(
+            f"{' '.join([*line.flags, *strange])}: expected overrides, such as norm=batch data.batch_size=8"
+        )
     try:
-        _refuse_new_top_level_keys(overrides, primary)
-        config = OmegaConf.to_container(primary.compose(arguments), resolve=True, throw_on_missing=True)
+        _expect_a_job(primary)
+        composed = primary.compose(line.texts)
+        check_config(composed, line.texts)
+        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise CommandError(_explain(error, overrides, primary)) from error
+        raise CommandError(explain(error, line.texts, primary)) from error
     assert isinstance(config, dict)
+    without_null(config)
     return {str(key): value for key, value in config.items()}
 
 
@@ -141,86 +143,16 @@ def _argv(arguments: list[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def _take(arguments: list[str], *names: str) -> tuple[str | None, list[str]]:
-    """The value of an option, `--name value` or `--name=value`, and the arguments without it."""
-    for index, argument in enumerate(arguments):
-        key, equals, value = argument.partition("=")
-        if key in names:
-            rest = index + (1 if equals else 2)
-            return value or " ".join(arguments[index + 1 : rest]), arguments[:index] + arguments[rest:]
-    return None, arguments
+def _primary(line: CommandLine, name: str, folder: Path | None) -> Primary:
+    """The file that the command line names; `--config-dir` beside a sweep file of one's own is searched as well."""
+    both = folder is not None and line.folder is not None and not (line.folder / f"{name}.yaml").is_file()
+    searchpath.also[:] = [str(line.folder.absolute())] if both and line.folder else []
+    return Primary(line.name or name, folder if both else line.folder or folder)
 
 
-def _overrides(arguments: list[str]) -> list[Override]:
-    """The `key=value` arguments, parsed; what Hydra's parser refuses it will refuse again, with its own message."""
-    texts = [
-        text for text in arguments if re.match(r"[+~]{0,2}[\w@/.$-]+(=|$)", text) and not text.startswith("-")
-    ]
-    parsed = []
-    for text in texts:
-        with contextlib.suppress(HydraException):
-            parsed += OverridesParser.create().parse_overrides([text])
-    return parsed
-
-
-def _refuse_new_top_level_keys(overrides: list[Override], primary: Primary) -> None:
-    """`+nrom=group`, or `nrom:` in a sweep file, would silently become a plain value that nothing reads."""
-    added = [override for override in overrides if override.is_add() or override.is_force_add()]
-    if not added and primary == ("train", None):
-        return
-    known = {str(key) for key in Primary("train", None).compose([])}
-    config = primary.compose([], return_hydra_config=True)
-    if "norm" not in config:
+def _expect_a_job(primary: Primary) -> None:
+    """A sweep file that does not begin with train has nothing to run."""
+    if primary != ("train", None) and "norm" not in primary.compose([], return_hydra_config=True):
         raise CommandError(
             f"{primary.name}.yaml does not extend train, so there is no job: begin it with 'defaults: [train, _self_]'"
         )
-    for key in {str(key) for key in config} - known - {"hydra"}:
-        raise CommandError(
-            f"{primary.name}.yaml has a key '{key}' that nothing reads.\n{list_choices(key, known)}"
-        )
-    params = config.hydra.sweeper.get("params") or {}
-    swept = _overrides([f"{key}={value}" for key, value in params.items()])
-    for override in [
-        *added,
-        *(override for override in swept if override.is_add() or override.is_force_add()),
-    ]:
-        top = override.key_or_group.split(".", 1)[0].split("/", 1)[0]
-        if top not in known and top != "hydra":
-            raise CommandError(
-                f"'{override.input_line}' adds a key that nothing reads.\n{list_choices(top, known)}"
-            )
-
-
-def _explain(error: Exception, overrides: list[Override], primary: Primary) -> str:
-    """Hydra's error, or for a key that does not exist the keys that do."""
-    if "hydra/sweeper/optuna" in str(error) and not installed():
-        return "a search needs Hydra's Optuna sweeper: pip install 'bnlight[optuna]'"
-    text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None and str(part))
-    missing = re.search(r"Missing mandatory value.*?full_key: (\S+)", text, re.DOTALL)
-    if missing:
-        return f"{missing.group(1)} has no value: give one on the command line, {missing.group(1)}=..."
-    key = re.search(r"Key '([^']*)' is not in struct.*?full_key: (\S+)", text, re.DOTALL)
-    if not isinstance(error, ConfigCompositionException) or key is None:
-        return text
-    path = key.group(2).split(".")
-    kept = [
-        o.input_line
-        for o in overrides
-        if o.input_line and "." not in o.key_or_group and o.key_or_group != key.group(2)
-    ]
-    try:
-        config = primary.compose([line for line in kept if "," not in line])
-    except (HydraException, OmegaConfBaseException):
-        return text
-    parent = OmegaConf.select(config, ".".join(path[:-1])) if len(path) > 1 else config
-    if not isinstance(parent, DictConfig):
-        return text
-    where = f" in '{'.'.join(path[:-1])}'" if len(path) > 1 else ""
-    return f"There is no key '{path[-1]}'{where}.\n{list_choices(path[-1], {str(k) for k in parent})}"
-
-
-def list_choices(wanted: str, known: set[str]) -> str:
-    """The keys that there are, the one that was meant first."""
-    close = difflib.get_close_matches(wanted, known, n=1)
-    hint = f"Did you mean '{close[0]}'? " if close else ""
-    return f"{hint}Keys: {', '.join(sorted(known))}."

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import omegaconf
+import yaml
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf, read_write
 
+from bnlight.run.arithmetic import evaluate
+from bnlight.run.groups import NOTHING, without_null
 from bnlight.run.unused import is_own, likely
 from bnlight.run.weights import fingerprint
 
@@ -44,11 +49,36 @@ def identity(config: DictConfig, complete: bool = True) -> str:
     Values may be missing (`???`) if `complete` is False: what a search has yet to choose.
     """
     with _constant_roots(config):
-        kept = {str(key): _plain(config, key, complete) for key in config if key not in NOT_IDENTITY}
+        keys = [key for key in config if key not in NOT_IDENTITY and str(key) in known_keys()]
+        kept = {str(key): _plain(config, key, complete) for key in keys}
+    without_null(kept)
     _leave_out_what_is_off(kept)
     if kept.get("init_from"):
         kept["init_from"] = fingerprint(kept["init_from"])  # the weights, wherever they lie
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_in_order(kept)).encode()).hexdigest()
+
+
+@functools.cache
+def known_keys() -> frozenset[str]:
+    """The top-level keys of a job's config; another one only matters by the interpolations that use it."""
+    import bnlight.conf
+
+    train = yaml.safe_load(Path(bnlight.conf.__path__[0], "train.yaml").read_text(encoding="utf-8"))
+    groups = [key for default in train.pop("defaults") if isinstance(default, dict) for key in default]
+    return frozenset(key for key in (*train, *groups) if "hydra" not in key)
+
+
+def _in_order(value: Any) -> Any:
+    """Dicts sorted by their keys, which may be of several kinds: those of each kind together, marked with it."""
+    if isinstance(value, list):
+        return [_in_order(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {key: _in_order(value[key]) for key in sorted(value)}
+    except TypeError:
+        marked = {f"{type(key).__name__} {key}": item for key, item in value.items()}
+        return _in_order(marked)
 
 
 @contextlib.contextmanager
@@ -92,10 +122,19 @@ def _leave_out_what_is_off(config: dict[str, Any]) -> None:
             config["data"] = {key: value for key, value in data.items() if key != "shift"}
 
 
+def typed(hydra: DictConfig) -> list[str]:
+    """The job's overrides as they were given; read as a config, a `${...}` in them would be resolved."""
+    overrides = OmegaConf.to_container(hydra.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    return [str(text) for text in overrides]
+
+
 def choices(config: DictConfig, hydra: DictConfig) -> dict[str, str]:
     """The option chosen in each config group; a custom option is called after its class."""
     chosen = {}
     for group, option in hydra.runtime.choices.items():
+        if group in NOTHING and config.get(group) is None:
+            option = NOTHING[group]
         if "/" in group or option is None:
             continue
         target = OmegaConf.select(config, f"{group}._target_")
@@ -112,7 +151,7 @@ def job_name(config: DictConfig, hydra: DictConfig) -> str:
     groups = ["norm", "model", "data"]
     target = OmegaConf.select(config, "module._target_")
     if is_own(target):
-        idle = likely(target, hydra.overrides.task)
+        idle = likely(target, typed(hydra))
         groups[1:2] = ["module"] if "model" in idle else ["module", "model"]
     parts = [chosen[group] for group in groups if group in chosen]
     if config.get("seed") is not None:
@@ -126,7 +165,8 @@ def _job_name_of_root(_root_: Any) -> str:
 
 
 def register() -> None:
-    """Make `${bnlight.job:}` (the job's name) known to OmegaConf."""
+    """Make `${bnlight.job:}` (the job's name) and `${bnlight.eval:2 * 3}` known to OmegaConf."""
     renamed = omegaconf.__version__ >= "2.4"
     add: Any = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
     add("bnlight.job", _job_name_of_root, replace=True)
+    add("bnlight.eval", evaluate, replace=True)

@@ -21,7 +21,8 @@ from bnlight.run.claim import FINISHED as FINISHED
 from bnlight.run.claim import FailFast as FailFast
 from bnlight.run.claim import JobFailed as JobFailed
 from bnlight.run.claim import OwnershipError, begin, expect_same_job, is_settled
-from bnlight.run.identity import choices, identity
+from bnlight.run.groups import without_null
+from bnlight.run.identity import choices, identity, typed
 from bnlight.run.outcome import record, record_failure, scores
 from bnlight.run.prune import remove, superfluous
 from bnlight.run.ranks.agree import agree
@@ -92,6 +93,7 @@ def resolve(config: DictConfig, hydra: Any) -> dict[str, Any]:
     """The job's plain config: everything resolved, and a `job` block that says what it is called and was asked."""
     resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
+    without_null(resolved)
     name = Path(hydra.runtime.output_dir).name
     sweep_name = Path(hydra.sweep.dir).name if hydra.mode.name == "MULTIRUN" else hydra.job.config_name
     resolved["job"] = {
@@ -99,10 +101,10 @@ def resolve(config: DictConfig, hydra: Any) -> dict[str, Any]:
         "sweep": sweep_name,
         "identity": identity(config),
         "choices": choices(config, hydra),
-        "overrides": list(hydra.overrides.task),
+        "overrides": typed(hydra),
     }
     module = resolved["module"].get("_target_")
-    resolved["job"] = filed(resolved["job"], likely(module, hydra.overrides.task))
+    resolved["job"] = filed(resolved["job"], likely(module, typed(hydra)))
     return {str(key): value for key, value in resolved.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from bnlight.lightning import factory
@@ -29,6 +30,7 @@ from bnlight.run.effect import refuse_idle_keys, typed
 from bnlight.run.unused import CHOICES
 
 log = logging.getLogger(__name__)
+WANDB = "bnlight.run.tracking.logger.wandb_logger"
 
 
 def build_module(config: Config, data: Any) -> pl.LightningModule:
@@ -78,6 +80,15 @@ def build_data(config: Config) -> pl.LightningDataModule:
     if not isinstance(data, pl.LightningDataModule):
         raise TypeError(_wrong_kind("data", config["data"]["_target_"], type(data), "LightningDataModule"))
     return data
+
+
+def build_logger(config: Config, *job: Any) -> Any:
+    """The logger of `config`: bnlight's own is told of the `job`, any other is what its arguments make of it."""
+    given = {key: value for key, value in config.items() if key != "_partial_"}
+    built = instantiate(config)(*job) if config["_target_"] == WANDB else instantiate(given)
+    if not isinstance(built, Logger):
+        raise TypeError(_wrong_kind("logger", config["_target_"], type(built), "loggers.Logger"))
+    return built
 
 
 def monitored(config: Config) -> tuple[str | None, str]:

@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from bnlight.data.shift import Shift
 from bnlight.lightning.build import arguments
 from bnlight.run import identity, searchpath
-from bnlight.run.application import Primary, list_choices
+from bnlight.run.application import Primary
+from bnlight.run.check import list_choices
 from bnlight.run.job import CommandError
 
 CHANGEABLE = ("data", "trainer", "threads")
@@ -28,6 +29,7 @@ def overridden(config: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any
     Raises CommandError for what cannot be parsed, for keys that do not exist, with those that do, and for parts
     of the config that the checkpoint decides.
     """
+    identity.register()
     changed = copy.deepcopy(dict(config))
     parsed = [_parsed(text) for text in texts]
     chosen = [override for override in parsed if override.key_or_group == "data"]
@@ -85,7 +87,18 @@ def _set(config: dict[str, Any], override: Override) -> None:
     known = _known(place, parents[-1] if parents else "")
     if parents and last not in known:
         raise CommandError(_unknown(override, last, ".".join(parents), known))
-    place[last] = override.value()
+    place[last] = _resolved(override, config)
+
+
+def _resolved(override: Override, config: Mapping[str, Any]) -> Any:
+    """The value with its interpolations, such as `${bnlight.eval:...}`, resolved among those of the config."""
+    if "${" not in str(override.input_line):
+        return override.value()
+    try:
+        value = OmegaConf.create({**config, "": override.value()})[""]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise CommandError(f"{override.input_line}: {error}") from error
 
 
 def _known(place: Mapping[str, Any], name: str) -> set[str]:

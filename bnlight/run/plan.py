@@ -32,8 +32,7 @@ def show_plan(arguments: list[str], config_name: str, folder: Path | None) -> No
     choose the next job is named instead. Raises CommandError as a run would.
     """
     given = [one for one in arguments if not one.startswith(("hydra/launcher=", "hydra.launcher."))]
-    place = next((i for i, one in enumerate(given) if "=" in one and one[0] != "-"), len(given))
-    given.insert(place, "hydra/launcher=basic")  # among the overrides, as Hydra wants these together
+    given.append("hydra/launcher=basic")
     counts: dict[str, int] = {}
 
     def look(config: DictConfig) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from bnlight.run.duration import duration as duration
-from bnlight.run.identity import NOT_IDENTITY
+from bnlight.run.groups import as_option
+from bnlight.run.identity import NOT_IDENTITY, typed
 from bnlight.run.launch.listed import each_job
 from bnlight.run.reached import announce, key_of
 from bnlight.run.read_once import read_once
@@ -36,6 +38,7 @@ class Sweep:
     key: str = ""
     seconds: list[float] = field(default_factory=list)  # of the jobs that were run, not skipped
     at_a_time: int = 1
+    empty: list[str] = field(default_factory=list)  # what was asked for and matches nothing
     inside_job: bool = False  # this process runs one job for a launcher; the sweep itself is elsewhere
 
     def label(self, number: int) -> str:
@@ -58,7 +61,11 @@ class SweepProgress(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         global current
         read_once()
-        current = Sweep(Path(config.hydra.sweep.dir), _count(config), _key(config))
+        if params := config.hydra.sweeper.get("params"):
+            for key, value in params.items():
+                params[key] = as_option(f"{key}={value}").partition("=")[2]
+        total, empty = _count(config)
+        current = Sweep(Path(config.hydra.sweep.dir), total, _key(config), empty=empty)
         if JOURNAL in os.environ:  # not a dry run
             announce(current.directory, current.total, current.key)
             note("sweep", current.directory)
@@ -96,7 +103,7 @@ def others_failed() -> bool:
 
 def _key(config: DictConfig) -> str:
     """What the sweep's jobs are made from, without how they are run and shown."""
-    kept = [text for text in config.hydra.overrides.task if _top(text) not in NOT_IDENTITY]
+    kept = [text for text in typed(config.hydra) if _top(text) not in NOT_IDENTITY]
     sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
     return key_of([config.hydra.job.config_name, sorted(kept), sweeper])
 
@@ -105,18 +112,22 @@ def _top(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split(".")[0]
 
 
-def _count(config: DictConfig) -> int | None:
+def _count(config: DictConfig) -> tuple[int | None, list[str]]:
+    """How many jobs there are, None where the sweeper decides on the way, and what has no values."""
     sweeper = config.hydra.sweeper
     listed = sweeper._target_ == "hydra_plugins.bnlight.List"
     if listed and not sweeper.jobs:  # the sweeper says so
-        return None
+        return None, []
     if not listed and not sweeper._target_.endswith(".BasicSweeper"):
-        return None
+        return None, []
     arguments = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     try:
-        overrides = OverridesParser.create().parse_overrides([*arguments, *config.hydra.overrides.task])
+        overrides = parser.parse_overrides([*arguments, *typed(config.hydra)])
+        several = [one for one in overrides if one.is_discrete_sweep()]
+        empty = [str(one.input_line) for one in several if not any(True for _ in one.sweep_iterator())]
         if listed:
-            return len(each_job(sweeper.jobs, overrides))
-        return sum(len(batch) for batch in BasicSweeper.split_arguments(overrides, None))
-    except HydraException:  # glob() needs the config loader, which a callback does not have
-        return None
+            return len(each_job(sweeper.jobs, overrides)), empty
+        return sum(len(batch) for batch in BasicSweeper.split_arguments(overrides, None)), empty
+    except HydraException:  # which the sweeper will say again
+        return None, []

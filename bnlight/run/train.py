@@ -30,10 +30,10 @@ from bnlight.run.doctor import doctor_of_job
 from bnlight.run.effect import Effect
 from bnlight.run.memory import peak_memory, reset_peak_memory
 from bnlight.run.metrics import MetricsFile
-from bnlight.run.module import build_data, build_module, monitored, unused
+from bnlight.run.module import build_data, build_logger, build_module, monitored, unused
 from bnlight.run.progress import Heartbeat, progress_display
 from bnlight.run.provenance import cpu_name, git_commit, versions
-from bnlight.run.ranks.devices import leased_devices
+from bnlight.run.ranks.devices import devices_of, leased_devices
 from bnlight.run.ranks.processes import this_rank
 from bnlight.run.ranks.started import cluster_environment
 from bnlight.run.status import read_json, update_status, write_json
@@ -77,7 +77,7 @@ def _train(
         loggers.insert(0, DummyLogger())  # `self.logger` takes the same calls on every rank
     elif config["logger"].get("_target_"):
         used = {name: value for name, value in config.items() if name not in config["job"]["unused"]}
-        tracker = instantiate(config["logger"])(used, directory, status["wandb_id"])
+        tracker = build_logger(config["logger"], used, directory, status["wandb_id"])
         loggers.insert(0, tracker)  # `self.logger` of anybody's module
         if url := run_url(tracker.experiment):
             update_status(directory, wandb_url=url)
@@ -119,7 +119,7 @@ def build_trainer(
     """The Trainer of the config, with the job's callbacks; what is shown and measured is bnlight's own."""
     folder = str(directory / "checkpoints")
     callbacks = [
-        _callback(callback, dirpath=folder, every=config["checkpoint_every"])
+        _callback(callback, folder, config["checkpoint_every"])
         for callback in config["callbacks"].values()
         if callback
     ]
@@ -129,32 +129,38 @@ def build_trainer(
         *progress_display(config["progress"], label, config["job"]["name"], monitored(config)[0]),
         doctor_of_job(config, directory, label),
     ]
-    plugins = list(config["trainer"].get("plugins") or [])
+    given = config["trainer"].get("plugins") or []
+    plugins = [
+        instantiate(plugin) if isinstance(plugin, Mapping) else plugin
+        for plugin in (given if isinstance(given, list) else [given])
+    ]
     plugins += cluster_environment(plugins)
     if config["sync"].get("_target_"):
         plugins.append(instantiate(config["sync"]))
     trainer: pl.Trainer = instantiate(
-        config["trainer"],
-        devices=leased_devices(config["trainer"].get("devices", 1)),
+        {"enable_model_summary": False, "num_sanity_val_steps": 0, **config["trainer"]},
+        devices=leased_devices(devices_of(config["trainer"])),
         **({"plugins": plugins} if plugins else {}),
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         default_root_dir=str(directory),
         enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
     )
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     return trainer
 
 
-def _callback(config: Mapping[str, Any], **available: Any) -> pl.Callback:
-    """The callback, with what it takes of the job's; `**kwargs` are that only of one that writes checkpoints."""
+def _callback(config: Mapping[str, Any], dirpath: str, every: Any) -> pl.Callback:
+    """The callback; those that write checkpoints are told where, and only bnlight's own how often."""
     kind = get_object(config["_target_"])
-    saves = isinstance(kind, type) and issubclass(kind, ModelCheckpoint)
-    callback: pl.Callback = instantiate(complete(config, named_only=not saves, **available))
+    available: dict[str, Any] = {}
+    if isinstance(kind, type) and issubclass(kind, ModelCheckpoint):
+        available = {"dirpath": dirpath}
+    elif isinstance(kind, type) and issubclass(kind, LastCheckpoint):
+        available = {"dirpath": dirpath, "every": every}
+    callback: pl.Callback = instantiate(complete(config, **available))
     return callback
 
 

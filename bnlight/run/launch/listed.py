@@ -6,9 +6,12 @@ import shlex
 from collections.abc import Sequence
 from typing import Any, cast
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.sweeper import Sweeper
+
+from bnlight.run.groups import as_option
 
 
 class List(Sweeper):
@@ -46,10 +49,11 @@ def each_job(jobs: Sequence[str], common: list[Override]) -> list[list[str]]:
 
     if not jobs:
         raise CommandError('the list has no jobs: hydra.sweeper.jobs=["norm=batch optimizer.lr=0.1", ...]')
-    parser = OverridesParser.create()
+    loader = GlobalHydra.instance().config_loader() if GlobalHydra.instance().is_initialized() else None
+    parser = OverridesParser.create(config_loader=loader)
     found = []
     for job in jobs:
-        own = parser.parse_overrides(shlex.split(job))
+        own = parser.parse_overrides([as_option(text) for text in shlex.split(job)])
         (batch,) = BasicSweeper.split_arguments([*own, *common], None)
         found += batch
     return found

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -63,6 +64,8 @@ class Search(Sweeper):
         """Run trials until the study has `n_trials`. Raises JobFailed if a trial of the study has failed."""
         from bnlight.run import plan
 
+        arguments = self._enumerated(arguments)
+        self.stock.params = {}  # they are among the arguments now
         self._read(arguments)
         if plan.looking:
             print(plan.CHOOSES_ITSELF.format(sweeper="Search"))
@@ -92,14 +95,16 @@ class Search(Sweeper):
             if isinstance(value, float) and math.isnan(value):
                 trial.set_user_attr("diverged", True)
                 returned.return_value = self._worst()
+            elif value is None and returned.status == JobStatus.COMPLETED:
+                returned.status = JobStatus.FAILED
+                returned.return_value = JobFailed(f"it has ended without {self.base.monitor.metric}")
         if self.base.get("fail_fast") and any(one.status == JobStatus.FAILED for one in returns):
             raise FailFast
         return returns
 
     def _read(self, arguments: list[str]) -> None:
         """What is searched, by which metric, and so which study it is."""
-        given = [f"{key}={value}" for key, value in (self.stock.params or {}).items()] + arguments
-        parsed = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(given)
+        parsed = OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(arguments)
         last = {override.get_key_element(): override for override in parsed}
         space = sorted(str(o.input_line) for o in last.values() if o.is_sweep_override())
         if not space:
@@ -108,6 +113,11 @@ class Search(Sweeper):
             )
         fixed = [str(o.input_line) for o in last.values() if not o.is_sweep_override()]
         self.base = self.context.config_loader.load_sweep_config(self.root, fixed)
+        if self.base.monitor.metric is None:
+            raise CommandError(
+                "a search needs a metric to judge its trials by, and monitor.metric is null: choose one, such as "
+                "monitor.metric=val/accuracy"
+            )
         mode = self.base.monitor.mode
         self.direction = self.stock.direction or DIRECTIONS.get(mode, "maximize")
         self.direction = getattr(self.direction, "name", self.direction)
@@ -122,6 +132,21 @@ class Search(Sweeper):
         self.name = self.stock.study_name or f"{self.folder.name}-{digest}"
         self.n_trials = self.stock.n_trials
         self.at_a_time = self.stock.n_jobs or at_a_time(self.runner)
+
+    def _enumerated(self, arguments: Sequence[str]) -> list[str]:
+        """`hydra.sweeper.params` and the command line, with the options that match in place of `norm=glob(b*)`."""
+        given = [f"{key}={value}" for key, value in (self.stock.params or {}).items()] + list(arguments)
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        texts = []
+        for override in parser.parse_overrides(given):
+            text = str(override.input_line)
+            if isinstance(override.value(), Glob):
+                matching = list(override.sweep_string_iterator())
+                if not matching:
+                    raise CommandError(f"the search has no values: {text} matches nothing")
+                text = f"{override.get_key_element()}=choice({','.join(matching)})"
+            texts.append(text)
+        return texts
 
     def _open(self) -> None:
         """Open the study, or begin it; `--force` begins it anew, once per command."""

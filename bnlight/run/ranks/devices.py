@@ -29,6 +29,10 @@ SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_SAY = 1.0  # a wait that is shorter than this needs no words
 
 
+class WrongDevices(ValueError):
+    """`trainer.devices` is not a number of devices."""
+
+
 @dataclass
 class Lease:
     """The devices of one job: their ids as in CUDA_VISIBLE_DEVICES, and their places in the visible list."""
@@ -54,13 +58,33 @@ def leased_devices(wanted: Any) -> Any:
 
 
 def devices_of(trainer: Mapping[str, Any]) -> int | list[int]:
-    """What the trainer's config wants leased: how many devices, or which places of the visible list."""
-    from bnlight.run.ranks.processes import processes_of
+    """How many devices the trainer's config wants, or which places of the visible list: `[0, 2]`, or `0,2`.
 
+    Raises WrongDevices for anything else.
+    """
     devices = trainer.get("devices", 1)
-    if isinstance(devices, list | tuple):
-        return [int(device) for device in devices]
-    return processes_of(trainer)
+    if str(devices) in ("auto", "-1"):
+        import torch
+
+        return max(1, torch.cuda.device_count()) if trainer.get("accelerator") != "cpu" else 1
+    places = (
+        [part for part in devices.split(",") if part]
+        if isinstance(devices, str) and "," in devices
+        else devices
+    )
+    listed = isinstance(places, list | tuple)
+    texts = [str(one).strip() for one in places] if listed else [str(places).strip()]
+    numbers = [int(text) for text in texts if text.isdecimal()]
+    if len(numbers) != len(texts) or not (len({*numbers}) == len(numbers) > 0 if listed else numbers[0] > 0):
+        raise WrongDevices(
+            f"trainer.devices={devices} is not a number of devices: expected 1, 2, ..., 'auto', or a list of GPUs "
+            "such as [0,2]"
+        )
+    if listed and trainer.get("accelerator") == "cpu":
+        raise WrongDevices(
+            f"trainer.devices={devices} lists GPUs, and trainer.accelerator=cpu has none: give their number"
+        )
+    return numbers if listed else numbers[0]
 
 
 def visible_devices(accelerator: str) -> list[str]:

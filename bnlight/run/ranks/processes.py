@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bnlight.lightning.stop import ASKING, Stopped, foreign
+from bnlight.run.ranks.devices import WrongDevices as WrongDevices
+from bnlight.run.ranks.devices import devices_of
 from bnlight.run.ranks.started import started
 from bnlight.run.status import read_json
 from bnlight.run.survive.command import STOPPED_BY_SIGNAL
@@ -21,10 +23,6 @@ from bnlight.run.survive.command import STOPPED_BY_SIGNAL
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PARENT = "BNLIGHT_PARENT_PID"
 SECONDS_TO_STOP = 45.0  # torch's launcher gives its ranks 30 s between SIGTERM and SIGKILL
-
-
-class WrongDevices(ValueError):
-    """`trainer.devices` is not a number of devices."""
 
 
 class RankFailed(RuntimeError):
@@ -64,22 +62,8 @@ def this_rank() -> int:
 
 def processes_of(trainer: Mapping[str, Any]) -> int:
     """How many processes the trainer's config wants on this machine."""
-    devices = trainer.get("devices", 1)
-    if isinstance(devices, list | tuple):
-        return len(devices)
-    if str(devices) in ("auto", "-1"):
-        import torch
-
-        return max(1, torch.cuda.device_count()) if trainer.get("accelerator") != "cpu" else 1
-    try:
-        count = int(devices)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise WrongDevices(
-            f"trainer.devices={devices} is not a number of devices: expected 1, 2, ..., a list or 'auto'"
-        )
-    return count
+    devices = devices_of(trainer)
+    return devices if isinstance(devices, int) else len(devices)
 
 
 def launch(directory: Path, processes: int, label: str, environment: Mapping[str, str] | None = None) -> None:

@@ -17,6 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from bnlight.lightning.build import literal
+
 HYDRA_TAKES = ("--config-", "--cfg", "--info", "--package", "--experimental-rerun")
 # W&B's, and where and how it ran before.
 NOT_ASKED = ("_wandb", "wandb_version", "job", "paths", "rerun", "hydra")
@@ -72,7 +74,7 @@ def hydras(value: Any) -> str:
         return f"[{','.join(map(hydras, value))}]"
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{hydras(item)}" for key, item in value.items()) + "}"
-    return str(QuotedString(text=str(value), quote=Quote.single).with_quotes())
+    return str(QuotedString(text=literal(str(value)), quote=Quote.single).with_quotes())
 
 
 def _read(text: str) -> Any:

@@ -102,7 +102,9 @@ def wandb_logger(
 
 
 def run_url(run: Any) -> str | None:
-    """Where the run is seen in a browser; None offline."""
+    """Where the run is seen in a browser; None offline, and for another tracker than W&B."""
+    if not hasattr(run, "offline"):
+        return None
     return None if run.offline or run.disabled else run.url
 
 
@@ -114,6 +116,8 @@ def finish_run(run: Any, state: str, measures: Mapping[str, Any]) -> None:
     import wandb
 
     known = {name: value for name, value in measures.items() if value is not None}
+    if not hasattr(run, "offline"):  # another tracker than W&B, which Lightning has ended
+        return
     try:
         if wandb.run is not None and wandb.run is not run:  # one that the module has begun
             wandb.finish()
