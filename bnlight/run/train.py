@@ -193,7 +193,10 @@ def _best(trainer: pl.Trainer) -> str:
 
 
 def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, float]:
-    """The test metrics of the best checkpoint; none where the module has no test step, or there are no test data."""
+    """The test metrics of the best checkpoint, those of one process on any number of them.
+
+    None where the module has no test step, or there are no test data.
+    """
     if not is_overridden("test_step", module):
         return {}
     if not (is_overridden("test_dataloader", data) or is_overridden("test_dataloader", module)):
@@ -202,6 +205,8 @@ def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[st
         if isinstance(callback, WeightAveraging):
             # Or Lightning would load the current weights beside the averaged ones.
             callback._average_model = None
+    # Lightning's sampler would repeat samples until all ranks have as many; so each rank tests by all of them.
+    trainer._accelerator_connector.use_distributed_sampler = False
     with _stoppable(trainer):
         trainer.test(module, datamodule=data, ckpt_path=_best(trainer) or None, verbose=False)
     return _metrics(trainer)
