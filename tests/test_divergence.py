@@ -34,6 +34,7 @@ class Late(Regression):
     def __init__(self, norm, until=2, on="val"):
         super().__init__()
         self.until, self.on = until, on
+        self.more = norm(2)
 
     def validation_step(self, batch, index):
         bad = self.current_epoch < self.until and self.on == "val"

@@ -135,7 +135,6 @@ def written(folder: Path) -> list[Path]:
         ([*MLP, "+weight.eps=0.1"], "+weight.eps=0.1 would have no effect: there is no weight in this job"),
         ([*MLP, "scheduler=none", "+scheduler.eta_min=0.1"], "there is no scheduler in this job"),
         ([*MLP, "monitor.metric=null", "monitor.mode=min"], "monitor.metric is null, so nothing is monitored"),
-        ([*MLP, "+trainer.num_sanity_val_steps=2"], "bnlight sets that itself"),
     ],
 )  # fmt: skip
 def test_what_reaches_nothing_is_refused_before_the_training(
@@ -158,7 +157,7 @@ def test_what_reaches_nothing_is_refused_before_the_training(
         [*HEIR, "+module.label_smoothing=0.1", "optimizer=adam", "optimizer.lr=0.1"],
         [*OWN, "module._target_=mine.Late", "optimizer.lr=0.1", "norm=group", "norm.num_groups=4"],
         [*FORGETS, "+module.copied=true"],
-        [*MLP, "+trainer.enable_progress_bar=false", "sync=none"],
+        [*MLP, "sync=none"],
     ],
 )  # fmt: skip
 def test_what_reaches_something_trains(mine: Path, arguments: list[str]) -> None:

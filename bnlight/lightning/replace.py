@@ -154,7 +154,10 @@ def plain(norm: Norm) -> str | dict[str, Any]:
 
 def factory(norm: Norm) -> Any:
     """What `bnlight.replace_norm` takes: a name, or a callable."""
-    return instantiate({**norm, "_partial_": True}) if isinstance(norm, Mapping) else norm
+    if not isinstance(norm, Mapping):
+        return norm
+    made = instantiate({**norm, "_partial_": True})
+    return functools.partial(made.func, *made.args, **made.keywords)  # all that is in it was chosen
 
 
 class _Records(Dress):

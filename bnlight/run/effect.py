@@ -13,15 +13,6 @@ from bnlight.norm.batch import BatchStatistics
 from bnlight.run.unused import typed_keys
 from bnlight.surgery.synchronized import Synchronized
 
-SET_BY_US = {
-    "enable_progress_bar": "progress=bar, plain or off",
-    "enable_model_summary": "the callback pytorch_lightning.callbacks.ModelSummary",
-    "enable_checkpointing": "callbacks.best=null callbacks.last=null",
-    "default_root_dir": "paths.outputs=...",
-    "num_sanity_val_steps": "leave it out: a job checks nothing before its training",
-}
-"""Arguments of the Trainer that bnlight gives it, and what to say instead."""
-
 
 def typed(config: Config) -> dict[str, str]:
     """The keys that the command or the sweep has set for this job, and the words for each."""
@@ -33,10 +24,6 @@ def refuse_idle_keys(config: Config) -> None:
     for key, text in typed(config).items():
         group, _, name = key.partition(".")
         section: Any = config.get(group) or {}
-        if group == "trainer" and name in SET_BY_US and section.get(name, False) is not False:
-            raise ValueError(
-                f"{text} would have no effect: bnlight sets that itself. Instead: {SET_BY_US[name]}"
-            )
         if group in ("weight", "sync", "scheduler") and name and not section.get("_target_"):
             raise ValueError(
                 f"{text} would have no effect: there is no {group} in this job. Choose one ({group}=...), or leave the "
