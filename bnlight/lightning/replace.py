@@ -154,9 +154,9 @@ def plain(norm: Norm) -> str | dict[str, Any]:
 
 def factory(norm: Norm) -> Any:
     """What `bnlight.replace_norm` takes: a name, or a callable."""
-    if not isinstance(norm, Mapping):
-        return norm
-    made = instantiate({**norm, "_partial_": True})
+    made = instantiate({**norm, "_partial_": True}) if isinstance(norm, Mapping) else norm
+    if not isinstance(made, functools.partial):
+        return made
     return functools.partial(made.func, *made.args, **made.keywords)  # all that is in it was chosen
 
 
