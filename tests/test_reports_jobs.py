@@ -174,6 +174,7 @@ def test_the_learning_rate_follows_the_optimizers_steps_and_each_of_its_values_i
     """Lightning-AI/pytorch-lightning#1476: schedules step with each batch, not with each accumulated step.
 
     wandb/wandb#1534: W&B drops the learning rates, as their step is less than the last that was logged.
+    Lightning-AI/pytorch-lightning#1220: the W&B run has no test results.
     """
     small = [argument for argument in SMALL if argument != "logger=csv"]
     accumulated = ["trainer.accumulate_grad_batches=4", "trainer.log_every_n_steps=1", "data.batch_size=64"]
@@ -182,10 +183,11 @@ def test_the_learning_rate_follows_the_optimizers_steps_and_each_of_its_values_i
     batches = -(-1437 * 4 // 5 // 64)
     assert steps == -(-batches // 4)
     (path,) = job.glob("wandb/offline-run-*/run-*.wandb")
-    rates = []
+    rates, names = [], set()
     for record in records(path):
         if record.WhichOneof("record_type") == "history":
             items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            names |= {*items}
             rates += [float(value) for name, value in items.items() if name == "train/lr"]
     expected = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(expected, max_lr=0.1, total_steps=steps)
@@ -195,6 +197,7 @@ def test_the_learning_rate_follows_the_optimizers_steps_and_each_of_its_values_i
         schedule.step()
         wanted.append(schedule.get_last_lr()[0])
     assert rates == pytest.approx(wanted)
+    assert "test/accuracy" in names
     assert [row["train/lr"] for row in rows(job, "train/lr")] == pytest.approx(wanted)
 
 

@@ -14,8 +14,8 @@ from ranks import start
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
-from bnlight import fold_norm, precise_statistics, sync_norm
-from bnlight.norm import NORMS, BatchNorm, GroupNorm
+from bnlight import precise_statistics, sync_norm
+from bnlight.norm import NORMS, GroupNorm
 from bnlight.norm.batch import BatchStatistics
 
 CENTRED = ["batch", "batch_instance", "switchable", "layer", "group", "instance"]
@@ -89,18 +89,6 @@ def test_a_layer_built_without_memory_starts_as_any_other_and_keeps_what_is_load
     layer.load_state_dict(fresh.state_dict())
     x = torch.randn(2, 4, 3, 3)
     assert torch.equal(layer.eval()(x), fresh.eval()(x))
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
-def test_a_norm_is_folded_into_a_transposed_convolution_in_groups(kind: type[nn.Module], groups: int) -> None:
-    """pytorch/pytorch#180995: ConvTranspose + BatchNorm fusion is broken for groups != 1."""
-    net = nn.Sequential(kind(8, 4, 3, groups=groups), BatchNorm(4)).double()
-    x = torch.randn(6, 8, *[5] * (kind is nn.ConvTranspose2d), 5, dtype=torch.float64)
-    net(x)
-    folded = fold_norm(net.eval())
-    assert not [module for module in folded.modules() if isinstance(module, BatchNorm)]
-    torch.testing.assert_close(folded(x), net(x))
 
 
 def permuted(layer: nn.Module, whole: Tensor) -> dict[str, Tensor]:
