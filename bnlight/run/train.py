@@ -18,11 +18,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from bnlight.lightning.atomic import AtomicCheckpointIO
 from bnlight.lightning.build import complete, instantiate
 from bnlight.lightning.divergence import StopOnDivergence
 from bnlight.lightning.factory import Record, recorded
 from bnlight.lightning.initial import initialize
-from bnlight.lightning.last import AtomicCheckpointIO, LastCheckpoint
+from bnlight.lightning.last import LastCheckpoint
 from bnlight.lightning.stop import Stopped, seconds
 from bnlight.lightning.timing import StepTimer
 from bnlight.run.claim import write_config
