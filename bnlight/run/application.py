@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ def run_hydra(
         application = hydra.main(config_path=primary.path, config_name=primary.name, **VERSION_BASE, **TRUST)(
             task
         )
-        with _hydra_raises(), _argv(["bnlight", *line.arguments]):
+        with _hydra_raises(), _root_logger_kept(), _argv(["bnlight", *line.arguments]):
             application()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise CommandError(explain(error, line.texts, primary)) from error
@@ -132,6 +133,18 @@ def _hydra_raises() -> Iterator[None]:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Hydra's --cfg and --info write to the standard output by a handler that they leave on the root logger."""
+    root = logging.getLogger()
+    handlers, level = [*root.handlers], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 @contextlib.contextmanager
