@@ -223,7 +223,9 @@ def _judged(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
         return runs
     name = metric.removeprefix("best_")
     told = runs["not_finite"].map(lambda names: name in str(names).split(" "))
-    judged, lost = runs.copy(), told & (runs["state"] == "done") & runs[metric].isna()
+    judged, lost = runs.copy(), told & (runs["state"] == "done")
+    if metric in runs:
+        lost &= runs[metric].isna()
     judged.loc[lost, ["state", "error"]] = ["diverged", f"{name} is not finite"]
     return judged
 
