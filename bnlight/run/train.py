@@ -40,6 +40,7 @@ from bnlight.run.ranks.started import cluster_environment
 from bnlight.run.status import read_json, update_status, write_json
 from bnlight.run.survive.watchdog import Steps, Watchdog
 from bnlight.run.tracking.logger import finish_run, run_url
+from bnlight.run.tracking.pieces import REASON
 from bnlight.run.unused import filed
 from bnlight.run.weights import weights_file
 
@@ -97,6 +98,7 @@ def _train(
             took = time.time() - begun
             measures = {"world_size": trainer.world_size, "seconds": took, "peak_memory": memory}
             _write_result(directory, config, trainer, metrics, diverged, measures)
+            measures[REASON] = diverged
         ended = "diverged" if diverged else "done"
     except KeyboardInterrupt as stop:
         ended = stop.state if isinstance(stop, Stopped) else "interrupted"

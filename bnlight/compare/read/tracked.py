@@ -10,7 +10,7 @@ from typing import Any
 
 from bnlight.compare.read.run import Run, mapping, number, row_of, used
 from bnlight.run.survive.lock import STALE_SECONDS
-from bnlight.run.tracking.pieces import GLOBAL_STEP, STATE
+from bnlight.run.tracking.pieces import GLOBAL_STEP, REASON, STATE
 
 _INDEX = {"step", "epoch", "time", "attempt"}  # of a line, which is no metric
 # By a module of the user's own; W&B is not told of them.
@@ -116,6 +116,8 @@ def _ended(tracked: Tracked, lines: Sequence[Mapping[str, Any]]) -> tuple[str, s
         state = "interrupted"
     if state != "done" or told == "done":
         return state, None
+    if told == "diverged" and REASON in tracked.summary:
+        return "diverged", str(tracked.summary[REASON])
     last = {name: (value, line["step"]) for line in lines for name, value in line.items()}
     for name, (value, step) in last.items():
         if name.endswith(("/loss", "_loss")) and not math.isfinite(value):

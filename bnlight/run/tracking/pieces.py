@@ -17,6 +17,7 @@ BLOCK, HEADER = 32768, 7  # LevelDB's; the file's own header has 7 bytes too
 WHOLE, FIRST, LAST = 1, 2, 4  # a record in one part; the first and the last of several
 GLOBAL_STEP = "trainer/global_step"  # Lightning's name of the optimizer step
 STATE = "bnlight/state"  # in a run's summary: how the job has ended
+REASON = "bnlight/diverged"  # and why its training has diverged
 # Of these a run's summary has the best and the last value: `val/loss.min`, `val/loss.last`.
 KNOWN = {"train/loss": "min", "val/loss": "min", "train/accuracy": "max", "val/accuracy": "max"}
 
