@@ -91,10 +91,14 @@ def test_a_module_that_ends_the_run_or_begins_its_own_fails_no_job(project: Path
 
 # What a job leaves behind, how one looks at it, and what job.log calls it.
 LEFT = {
-    "folder": ("os.makedirs('gone'); os.chdir('gone')", "os.getcwd()", "the working directory"),
+    "folder": (
+        "os.makedirs('gone', exist_ok=True); os.chdir('gone')",
+        "os.getcwd()",
+        "the working directory",
+    ),
     "environment": ("os.environ['LEFT'] = '1'", "os.environ.get('LEFT')", ""),
     "path": ("sys.path.insert(0, '/left')", "'/left' in sys.path", "sys.path"),
-    "streams": ("sys.stdout = open(os.devnull, 'w')", "sys.stdout.name", "sys.stdout"),
+    "streams": ("import io; sys.stdout = io.StringIO()", "type(sys.stdout).__name__", "sys.stdout"),
     "device": ("torch.set_default_device('cpu')", "torch.utils._device.CURRENT_DEVICE", "default device"),
     "dtype": ("torch.set_default_dtype(torch.float16)", "torch.get_default_dtype()", ""),
     "anomaly": ("torch.autograd.set_detect_anomaly(True)", "torch.is_anomaly_enabled()", "anomalies"),

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 
 _changed: dict[str, dict[str, Any]] = {}  # by importing a module: of each part, what `_difference` says
+_imported: dict[str, Any] = {}  # the parts as the running job has found them after its imports
 
 
 @contextlib.contextmanager
@@ -45,11 +46,14 @@ def isolated() -> Iterator[None]:
             _end_fork()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        changed = [part for part in PARTS if part.read() != before[part.name]]
-        for part in changed:
-            part.write(before[part.name])
-        if named := ", ".join(part.name for part in changed if not part.usual):
-            log.warning("put back, as the job has left it changed: %s", named)
+        found, begun = _read(), before | _imported
+        _imported.clear()
+        for part in PARTS:
+            if found[part.name] != before[part.name]:
+                part.write(before[part.name])
+        left = [part.name for part in PARTS if not part.usual and found[part.name] != begun[part.name]]
+        if left:
+            log.warning("put back, as the job has left it changed: %s", ", ".join(left))
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
@@ -69,7 +73,7 @@ def import_targets(config: Any) -> None:
     """
     for target in dict.fromkeys(_targets(config)):
         before, loaded = _read(), {*sys.modules}
-        with contextlib.suppress(ImportError):  # Hydra turns into it whatever the module raises
+        with contextlib.suppress(ImportError, ValueError):  # Hydra makes them of whatever the module raises
             _locate(target)
         difference = {
             name: _difference(before[name], value)
@@ -84,7 +88,10 @@ def import_targets(config: Any) -> None:
         if module not in new:
             for part in PARTS:
                 if part.name in _changed.get(module, {}):
-                    part.write(_with(part.read(), _changed[module][part.name]))
+                    now = part.read()
+                    if (value := _with(now, _changed[module][part.name])) != now:
+                        part.write(value)
+    _imported.update(_read())
 
 
 def _targets(config: Any) -> Iterator[str]:
