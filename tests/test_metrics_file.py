@@ -16,6 +16,7 @@ from bnlight.run.metrics import MetricsFile
 LOGS = """
 class Logs(pl.Callback):
     def on_train_epoch_end(self, trainer, module):
+        trainer.logger.log_metrics({"own/free": 5.0})
         trainer.logger.log_metrics({"own/value": torch.tensor(3.0 + trainer.current_epoch)}, step=trainer.global_step)
 
 class Named(Regression):
@@ -82,6 +83,7 @@ def test_what_a_callback_logs_to_the_loggers_alone_can_be_compared(project: Path
     metrics = json.loads((job / "result.json").read_text())["metrics"]
     assert (metrics["lr-SGD"], metrics["own/value"]) == (pytest.approx(0.05), 4.0)
     assert [row["own/value"] for row in rows(job) if row["own/value"]] == ["3.0", "4.0"]
+    assert [row["step"] for row in rows(job) if row["own/free"]] == ["6", "12"]
     assert compare("outputs/train").metric == "test/mae"
     assert compare("outputs/train", metric="lr-SGD").cells[0].metric.mean == pytest.approx(0.05)
     assert {"lr-SGD", "own/value"} <= {

@@ -44,6 +44,7 @@ class MetricsFile(DummyLogger):
             str, Any
         ] = {}  # of the row that Lightning writes now, in place of what it says itself
         self._told: set[str] = set()
+        self._trainer: pl.Trainer | None = None
         self._last: dict[str, Any] = {}
 
     @property
@@ -65,7 +66,7 @@ class MetricsFile(DummyLogger):
         Lightning takes a metric `step` for the x axis of its loggers, and `epoch` for the epoch. So do they; here the
         columns stay what they are, and such a metric is `logged/step`.
         """
-        connector = trainer._logger_connector
+        self._trainer, connector = trainer, trainer._logger_connector
         write = connector.log_metrics
 
         def write_beside(metrics: Any, step: int | None = None) -> None:
@@ -98,6 +99,8 @@ class MetricsFile(DummyLogger):
         values = {name: _scalar(value) for name, value in metrics.items()}
         values = {name: value for name, value in values.items() if value is not None}
         epoch = values.pop("epoch", None)
+        if step is None and self._trainer is not None:
+            step = self._trainer.global_step
         row: dict[str, Any] = {"step": step, "epoch": None if epoch is None else int(epoch)}
         row |= {column(name): value for name, value in values.items()} | self._own
         if row == self._last:  # another logger has shown it already
