@@ -252,7 +252,7 @@ def show_comparison() -> None:
 
     if sweep.current is not None and this_rank() == 0:
         print()
-        finish(sweep.current.directory)
+        finish(sweep.current.shown)
 
 
 def say_how_to_compare() -> None:
@@ -262,4 +262,4 @@ def say_how_to_compare() -> None:
     if sweep.current is not None and any(sweep.current.directory.glob("*/status.json")):
         from bnlight.compare.command import how_to
 
-        print(how_to(sweep.current.directory), file=sys.stderr)
+        print(how_to(sweep.current.shown), file=sys.stderr)

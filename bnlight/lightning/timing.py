@@ -8,6 +8,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+SECONDS_PER_STEP = "train/seconds_per_step"
+
 
 class StepTimer(pl.Callback):
     """Logs `train/seconds_per_step`, the wall time of an epoch's training steps over their number.
@@ -38,7 +40,7 @@ class StepTimer(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._pause(trainer)
         if self._steps:
-            metrics = {"train/seconds_per_step": self._seconds / self._steps, "epoch": trainer.current_epoch}
+            metrics = {SECONDS_PER_STEP: self._seconds / self._steps, "epoch": trainer.current_epoch}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
         self._seconds, self._steps = 0.0, 0

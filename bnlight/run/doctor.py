@@ -16,7 +16,7 @@ from bnlight.lightning.build import instantiate
 from bnlight.lightning.doctor import Doctor
 from bnlight.lightning.initial import initialize
 from bnlight.run import sweep
-from bnlight.run.isolation import isolated, log_to
+from bnlight.run.isolation import import_targets, isolated, log_to
 from bnlight.run.job import CommandError
 from bnlight.run.module import build_data, build_module
 from bnlight.run.ranks.processes import processes_of
@@ -66,7 +66,8 @@ def examine_job(config: dict[str, Any]) -> Diagnosis:
     ranks = processes_of(trainer_config) * int(trainer_config.get("num_nodes") or 1)
     synchronized = bool(config["sync"].get("_target_")) or bool(trainer_config.get("sync_batchnorm"))
     doctor = Doctor(tell=lambda line: None, devices=ranks, synchronized=synchronized and ranks > 1)
-    with isolated(), tempfile.TemporaryDirectory() as folder, log_to(Path(folder) / "log"):
+    with tempfile.TemporaryDirectory() as folder, log_to(Path(folder) / "log"), isolated():
+        import_targets(config)
         pl.seed_everything(config["seed"], workers=True, verbose=False)
         module, data, callbacks = _built(config)
         kept = [each for each in callbacks if not isinstance(each, Checkpoint | EarlyStopping)]

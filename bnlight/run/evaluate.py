@@ -19,7 +19,7 @@ from bnlight.lightning.build import arguments, instantiate
 from bnlight.norm import BatchRenorm
 from bnlight.population import adapt_statistics
 from bnlight.population.observe import moving_layers
-from bnlight.run.isolation import isolated, log_to
+from bnlight.run.isolation import import_targets, isolated, log_to
 from bnlight.run.job import CommandError
 from bnlight.run.load import job_config, read_checkpoint, restored
 from bnlight.run.module import build_data, build_module, monitored
@@ -77,7 +77,8 @@ def evaluate(
     config = overridden(was, overrides)
     if batch_size is not None:
         _set_batch_size(config, batch_size)
-    with isolated(), log_to(Path(os.devnull)):
+    with log_to(Path(os.devnull)), isolated():
+        import_targets([was, config])
         if config.get("threads") is not None:
             torch.set_num_threads(config["threads"])
         pl.seed_everything(config["seed"], workers=True, verbose=False)

@@ -7,45 +7,35 @@ import gc
 import logging
 import os
 import random
-import signal
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
+from hydra._internal.utils import _locate
 
-from bnlight.lightning.stop import ASKING
+from bnlight.run.process_state import PARTS
 
 log = logging.getLogger(__name__)
 
 
+_changed: dict[str, dict[str, Any]] = {}  # by importing a module: of each part, what `_difference` says
+_imported: dict[str, Any] = {}  # the parts as the running job has found them after its imports
+
+
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Give back, at the end of the block, what a training changes in its process.
+    """Give back, at the end of the block, what a training changes in its process, and log what that was.
 
-    That is: the working directory, environment, import path and streams, seeds and generators, torch's global
-    switches, the process group, signal handlers, and memory of the accelerator. A process that the job has forked
-    ends with the block.
+    That is everything in `PARTS`, generators of random numbers, the process group, and memory of the accelerator.
+    A process that the job has forked ends with the block.
     """
-    process, folder, streams = os.getpid(), Path.cwd(), (sys.stdout, sys.stderr)
-    path, device = [*sys.path], getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
-    gradients, anomaly = torch.is_grad_enabled(), torch.is_anomaly_enabled()
-    environment = dict(os.environ)
+    process, before = os.getpid(), _read()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    deterministic = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    threads = torch.get_num_threads()
-    main = threading.current_thread() is threading.main_thread()
-    handlers = {name: signal.getsignal(name) for name in ASKING} if main else {}
     frozen = gc.get_freeze_count() == 0  # else somebody else has frozen, and unfreezes
     if frozen:
         gc.freeze()  # the collection at the end looks at the job's own objects, not at all of torch's: 0.2 s
@@ -56,31 +46,85 @@ def isolated() -> Iterator[None]:
             _end_fork()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        if Path.cwd() != folder:
-            log.warning("the job has left the working directory %s: back to %s", Path.cwd(), folder)
-            os.chdir(folder)
-        sys.path[:], (sys.stdout, sys.stderr) = path, streams
-        torch.set_grad_enabled(gradients)
-        torch.autograd.set_detect_anomaly(anomaly)
-        if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None) is not device:
-            torch.set_default_device(None if device is None else device.device)
-        os.environ.clear()
-        os.environ.update(environment)
+        found, begun = _read(), before | _imported
+        _imported.clear()
+        for part in PARTS:
+            if found[part.name] != before[part.name]:
+                part.write(before[part.name])
+        left = [part.name for part in PARTS if not part.usual and found[part.name] != begun[part.name]]
+        if left:
+            log.warning("put back, as the job has left it changed: %s", ", ".join(left))
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-        torch.set_float32_matmul_precision(precision)
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
         gc.collect()
         if frozen:
             gc.unfreeze()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
+
+
+def import_targets(config: Any) -> None:
+    """Import what the `_target_`s in `config` name, for a job within `isolated`.
+
+    A module is run once in a process, so what it sets when it is imported would be gone after the first job: it is
+    noted, and set again for each later job whose config names something of that module. What cannot be imported is
+    left to whoever builds it, and says so.
+    """
+    for target in dict.fromkeys(_targets(config)):
+        before, loaded = _read(), {*sys.modules}
+        with contextlib.suppress(ImportError, ValueError):  # Hydra makes them of whatever the module raises
+            _locate(target)
+        difference = {
+            name: _difference(before[name], value)
+            for name, value in _read().items()
+            if value != before[name] and name != "the working directory"
+        }
+        new = {*sys.modules} - loaded
+        _changed.update(dict.fromkeys(new, difference))
+        module = target
+        while module and module not in sys.modules:
+            module = module.rpartition(".")[0]
+        if module not in new:
+            for part in PARTS:
+                if part.name in _changed.get(module, {}):
+                    now = part.read()
+                    if (value := _with(now, _changed[module][part.name])) != now:
+                        part.write(value)
+    _imported.update(_read())
+
+
+def _targets(config: Any) -> Iterator[str]:
+    if isinstance(config, Mapping):
+        if isinstance(target := config.get("_target_"), str):
+            yield target
+        config = list(config.values())
+    if isinstance(config, list):
+        for item in config:
+            yield from _targets(item)
+
+
+def _read() -> dict[str, Any]:
+    return {part.name: part.read() for part in PARTS}
+
+
+def _difference(before: Any, after: Any) -> Any:
+    """What has come into a dict; before and behind a list; the new value of anything else."""
+    if isinstance(after, dict):
+        return {key: value for key, value in after.items() if key not in before or before[key] != value}
+    if isinstance(after, list):
+        first = next((index for index, item in enumerate(after) if item in before), len(after))
+        return after[:first], [item for item in after[first:] if item not in before]
+    return after
+
+
+def _with(value: Any, difference: Any) -> Any:
+    if isinstance(value, dict):
+        return value | difference
+    if isinstance(value, list):
+        ahead, behind = ([item for item in items if item not in value] for items in difference)
+        return [*ahead, *value, *behind]
+    return difference
 
 
 def _end_fork() -> None:

@@ -184,16 +184,18 @@ def _train(config: dict[str, Any], directory: Path, label: str) -> None:
 def _train_here(
     config: dict[str, Any], directory: Path, label: str, environment: Mapping[str, str] | None = None
 ) -> None:
-    from bnlight.run.isolation import isolated, log_to
+    from bnlight.run.isolation import import_targets, isolated, log_to
 
     def failed(what: str, trace: str) -> None:
         record(directory, state="failed", error=what, traceback=trace, ended=time.time())
         note("ended", directory)
         print(f"{label} {directory.name}: failed: {what}".strip(), flush=True)
 
-    with isolated(), log_to(directory / "job.log", rank=this_rank()), together(directory, failed):
+    with log_to(directory / "job.log", rank=this_rank()), isolated(), together(directory, failed):
         os.environ.update(environment or {})
         meet(directory)
-        from bnlight.run.train import train  # here, as Lightning's import writes into the environment
+        # Here, as Lightning's import writes into the environment.
+        import_targets([{"_target_": "bnlight.run.train.train"}, config])
+        from bnlight.run.train import train
 
         train(config, directory, label)

@@ -41,6 +41,12 @@ class Sweep:
     empty: list[str] = field(default_factory=list)  # what was asked for and matches nothing
     inside_job: bool = False  # this process runs one job for a launcher; the sweep itself is elsewhere
 
+    @property
+    def shown(self) -> Path:
+        """The directory as one would type it here."""
+        here = Path.cwd()
+        return self.directory.relative_to(here) if self.directory.is_relative_to(here) else self.directory
+
     def label(self, number: int) -> str:
         """Such as `[3/18, 2 min left]` for the third job; the estimate is the mean job times those to come."""
         if self.total is None:
@@ -65,7 +71,7 @@ class SweepProgress(Callback):
             for key, value in params.items():
                 params[key] = as_option(f"{key}={value}").partition("=")[2]
         total, empty = _count(config)
-        current = Sweep(Path(config.hydra.sweep.dir), total, _key(config), empty=empty)
+        current = Sweep(Path(config.hydra.sweep.dir).absolute(), total, _key(config), empty=empty)
         if JOURNAL in os.environ:  # not a dry run
             announce(current.directory, current.total, current.key)
             note("sweep", current.directory)

@@ -25,12 +25,12 @@ from bnlight.lightning.factory import Record, recorded
 from bnlight.lightning.initial import initialize
 from bnlight.lightning.last import LastCheckpoint
 from bnlight.lightning.stop import Stopped, seconds
-from bnlight.lightning.timing import StepTimer
+from bnlight.lightning.timing import SECONDS_PER_STEP, StepTimer
 from bnlight.run.claim import write_config
 from bnlight.run.doctor import doctor_of_job
 from bnlight.run.effect import Effect
 from bnlight.run.memory import peak_memory, reset_peak_memory
-from bnlight.run.metrics import MetricsFile
+from bnlight.run.metrics import MetricsFile, column
 from bnlight.run.module import build_data, build_logger, build_module, monitored, unused
 from bnlight.run.progress import Heartbeat, progress_display
 from bnlight.run.provenance import cpu_name, git_commit, versions
@@ -73,7 +73,8 @@ def _train(
     resume = last.exists() and config["rerun"] != "all"  # with "all", rank 0 may not have removed it yet
     if config.get("init_from") and not resume:
         log.info("%s", initialize(module, weights_file(config["init_from"])))
-    loggers: list[Any] = [MetricsFile(directory, attempt=status.get("attempt", 1))]
+    file = MetricsFile(directory, attempt=status.get("attempt", 1))
+    loggers: list[Any] = [file]
     tracker = None
     if config["logger"].get("_target_") and this_rank() > 0:
         loggers.insert(0, DummyLogger())  # `self.logger` takes the same calls on every rank
@@ -86,6 +87,7 @@ def _train(
     ended, measures = "failed", dict[str, Any]()
     try:
         trainer = build_trainer(config, directory, loggers, label)
+        file.listen(trainer, *loggers[:-1])
         trainer.callbacks[:0] = [Steps(watchdog), Effect(config, record)]  # type: ignore[attr-defined]
         _fit(trainer, module, data, str(last) if resume else None)
         metrics = _metrics(trainer)
@@ -94,6 +96,10 @@ def _train(
             metrics |= _metrics_of_the_best(trainer, monitored(config)[0])
             metrics |= _test(trainer, module, data)
         if trainer.is_global_zero:
+            # What was logged to the loggers alone comes after: the first is what is compared if nothing is chosen.
+            metrics |= {
+                name: value for name, value in file.last().items() if name not in {*metrics, SECONDS_PER_STEP}
+            }
             memory = peak_memory(trainer.strategy.root_device, measured)
             took = time.time() - begun
             measures = {"world_size": trainer.world_size, "seconds": took, "peak_memory": memory}
@@ -226,7 +232,7 @@ def _metrics_of_the_best(trainer: pl.Trainer, metric: str | None) -> dict[str, f
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float]:
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {column(name): float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _write_result(
