@@ -44,7 +44,7 @@ def assert_equal(mine: nn.Module, twin: nn.Module, **tolerance: float) -> None:
 
 
 def train(layer: nn.Module, x: Tensor) -> None:
-    layer(x).square().mean().backward()
+    layer(x.clone().requires_grad_()).square().mean().backward()
 
 
 def made(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
@@ -110,8 +110,11 @@ def test_what_a_mask_hides_is_not_looked_at_and_what_it_shows_is(name):
     assert_equal(mine, twin)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*Function.* should not be instantiated:DeprecationWarning"
+)  # by torch.compile
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if "," not in name])
 def test_a_compiled_layer_skips_it_without_a_count(name, momentum):
     torch._dynamo.reset()
     mine, twin = pair(made(name, momentum=momentum))

@@ -19,7 +19,7 @@ _CORRECTION = ("example_weight", "example_var")
 
 def _reads_values(x: Tensor) -> bool:
     """Whether Python may look at a value without waiting for a device, and there is one."""
-    return x.device.type == "cpu" and can_read_values() and torch._C._len_torch_dispatch_stack() == 0
+    return x.is_cpu and can_read_values() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _finite(mean: Tensor, spread: Tensor) -> Tensor:
@@ -120,25 +120,19 @@ class RunningAverages(Norm):
         self.skipped_batches += 1
         return None
 
-    def stay_finite(self, *before: Tensor) -> None:
-        """Undo the step from the averages `before` to those that are, if one of them is no longer finite.
-
-        Not so for one that was not finite before: what it does not know, it takes for finite.
-        """
-        after = self.running_mean, self.running_var
-        assert after[0] is not None
-        assert after[1] is not None
-        reads = _reads_values(after[0])
-        if reads and math.isfinite(after[0].dot(after[1]).item()):
+    def stay_finite(self, before: Tensor) -> None:
+        """Undo the step from the averages `before`, `(2 * C,)`, if one of them is finite no longer."""
+        mean: Tensor = self._buffers["running_mean"]  # type: ignore[assignment]
+        var: Tensor = self._buffers["running_var"]  # type: ignore[assignment]
+        reads = _reads_values(mean)
+        if reads and math.isfinite(mean.dot(var).item()):
             return
-        was = [old.isfinite() for old in before]
-        finite = torch.stack([~a | b.isfinite() for a, b in zip(was, after, strict=True)]).all()
-        if reads and bool(finite):
-            return
-        for average, old in zip(after, before, strict=True):
-            average.data.copy_(torch.where(finite, average, old))  # a backward may have saved this version
+        after = torch.cat((mean, var))
+        finite = (after.isfinite() | ~before.isfinite()).all()
+        for average, right in zip((mean, var), torch.where(finite, after, before).chunk(2), strict=True):
+            average.data.copy_(right)  # a backward may hold these: no new version
         self._count_batch(finite.long() - 1)
-        if reads:
+        if reads and not bool(finite):
             self.skipped_batches += 1
 
     def _count_batch(self, number: Tensor | int) -> None:
