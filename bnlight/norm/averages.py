@@ -1,5 +1,6 @@
 """The running averages of the layers whose statistics come from the batch: how they move, evaluate and load."""
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Unpack
 
@@ -16,6 +17,15 @@ Observer = Callable[[Moments, Tensor | None], None]
 _CORRECTION = ("example_weight", "example_var")
 
 
+def _reads_values(x: Tensor) -> bool:
+    """Whether Python may look at a value without waiting for a device, and there is one."""
+    return x.is_cpu and can_read_values() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _finite(mean: Tensor, spread: Tensor) -> Tensor:
+    return torch.maximum(mean.abs(), spread).amax() < math.inf
+
+
 class RunningAverages(Norm):
     """Base of the layers that evaluate by averages of the training batches' statistics.
 
@@ -28,6 +38,13 @@ class RunningAverages(Norm):
 
     warm_start = False
     """Whether the running averages are plain ones of all batches until `momentum` is the larger weight."""
+
+    skipped_batches = 0
+    """Number of training batches whose mean or variance was not finite, and which moved no average.
+
+    They are skipped everywhere, but counted on the CPU only: a compiled graph or an accelerator would have to wait.
+    The count is of this process; it is in no state dict, and `reset_running_stats` sets it to 0.
+    """
 
     _version = 2  # as torch.nn.BatchNorm: since 2 a state dict has num_batches_tracked
 
@@ -72,6 +89,7 @@ class RunningAverages(Norm):
             self.running_mean.zero_()
             self.running_var.fill_(1)
             self.num_batches_tracked.zero_()
+            self.skipped_batches = 0
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """As every module's; torch.export loses count if a buffer comes after one that is None."""
@@ -87,6 +105,35 @@ class RunningAverages(Norm):
         assert running_var is not None
         follow(running_mean, mean, rate)
         follow(running_var, spread, rate)
+
+    def accepted(
+        self, mean: Tensor, spread: Tensor, rate: float | Tensor
+    ) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """The step of the averages if the batch is finite; else none, and the batch no longer counts."""
+        if not _reads_values(mean):
+            finite = _finite(mean, spread)
+            self._count_batch(finite.long() - 1)
+            return torch.where(finite, mean, 0), torch.where(finite, spread, 0), rate * finite.to(mean.dtype)
+        if math.isfinite(mean.dot(spread).item()) or bool(_finite(mean, spread)):  # the product may overflow
+            return mean, spread, rate
+        self._count_batch(-1)
+        self.skipped_batches += 1
+        return None
+
+    def stay_finite(self, before: Tensor) -> None:
+        """Undo the step from the averages `before`, `(2 * C,)`, if one of them is finite no longer."""
+        mean: Tensor = self._buffers["running_mean"]  # type: ignore[assignment]
+        var: Tensor = self._buffers["running_var"]  # type: ignore[assignment]
+        reads = _reads_values(mean)
+        if reads and math.isfinite(mean.dot(var).item()):
+            return
+        after = torch.cat((mean, var))
+        finite = (after.isfinite() | ~before.isfinite()).all()
+        for average, right in zip((mean, var), torch.where(finite, after, before).chunk(2), strict=True):
+            average.data.copy_(right)  # a backward may hold these: no new version
+        self._count_batch(finite.long() - 1)
+        if reads and not bool(finite):
+            self.skipped_batches += 1
 
     def _count_batch(self, number: Tensor | int) -> None:
         tracked = self._buffers["num_batches_tracked"] if self.training else None

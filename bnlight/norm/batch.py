@@ -127,8 +127,8 @@ class BatchStatistics(RunningAverages):
 
     def follow_batch(self, batch: Moments, used: Tensor | None) -> None:
         """Move the running averages one step towards the mean of the groups, of all ranks."""
-        if self.follows(batch, used):
-            self.update(*self.target(batch, self.spread(batch), used))
+        if self.follows(batch, used) and (step := self.target(batch, self.spread(batch), used)) is not None:
+            self.update(*step)
 
     def follows(self, batch: Moments, used: Tensor | None) -> bool:
         """Whether the running averages move; an observer sees the batch in their place."""
@@ -141,8 +141,8 @@ class BatchStatistics(RunningAverages):
 
     def target(
         self, batch: Moments, spread: Tensor, used: Tensor | None
-    ) -> tuple[Tensor, Tensor, float | Tensor]:
-        """Where the running averages move to, the mean of the groups, and at what rate."""
+    ) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """Where the running averages move to, the mean of the groups, and at what rate; None if it is not finite."""
         running_mean, rate = self.running_mean, self.rate()
         assert running_mean is not None
         kind = running_mean.dtype
@@ -152,14 +152,14 @@ class BatchStatistics(RunningAverages):
         elif used is not None:
             used = used.expand_as(batch.mean).view(-1, batch.mean.size(-1))
             counts = used.sum(0)
-            targets = [(t.view(used.shape) * used).sum(0) / counts.clamp(min=1) for t in targets]
+            targets = [torch.where(used, t.view(used.shape), 0).sum(0) / counts.clamp(min=1) for t in targets]
             rate = rate * (counts > 0).to(kind)
         if self.virtual_batch_size is not None and self.ranks() > 1:
             groups = batch.mean.numel() // batch.mean.size(-1)
             weight = torch.full_like(targets[0], groups) if used is None else counts.to(batch.mean.dtype)
             targets, total = self.meeting.average(targets, weight)
             rate = self.rate() * (total > 0).to(kind)
-        return converted(targets[0], kind), converted(targets[1], kind), rate
+        return self.accepted(converted(targets[0], kind), converted(targets[1], kind), rate)
 
     def way_back(self, plan: Plan) -> WayBack | None:
         """How the gradients of mean and variance reach the values where the batch is not the whole of them."""
@@ -225,7 +225,7 @@ class BatchStatistics(RunningAverages):
                 torch.where(used, mine, theirs) for mine, theirs in zip(batch[:2], running, strict=True)
             )
             batch = Moments(mean, var, number, batch.samples)
-        self._count_batch(1 if isinstance(number, int) else (number != 1).any())
+        self._count_batch(1 if isinstance(number, int) or self.too_few == 0 else (number != 1).any())
         plan = self.step(batch, used)
         return plan if share is None else plan._replace(share=share)
 

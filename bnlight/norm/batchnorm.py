@@ -77,9 +77,14 @@ class BatchNorm(BatchStatistics):
             or (mean is not None and mean.dtype != statistics_dtype(x.dtype))
         ):
             return super().by_batch_statistics(x, valid, weight, bias)
+        before = None
         if mean is not None and var is not None and recomputing():
             mean, var = mean.clone(), var.clone()  # checkpointing wants the same tensors saved
         else:
+            before = None if mean is None or var is None else torch.cat((mean, var))
             self._count_batch(1)
         rate = float(self.rate())
-        return batch_norm(x, weight, bias, mean, var, True, rate, self.eps, torch.backends.cudnn.enabled)
+        y = batch_norm(x, weight, bias, mean, var, True, rate, self.eps, torch.backends.cudnn.enabled)
+        if before is not None:
+            self.stay_finite(before)
+        return y

@@ -108,7 +108,7 @@ def _follow_gradients(
 ) -> tuple[Tensor, Tensor]:
     if over_ranks is not None:
         dmean, dvar = over_ranks(dmean, dvar)
-    kind, finite = dmean.dtype, (dmean + dvar).isfinite()
+    kind, finite = dmean.dtype, (dmean + dvar).isfinite().all()
     for average, gradient in zip(averages, (dmean, dvar), strict=True):
         # A loss scale that overflows must not stay in the averages.
         follow(average, torch.where(finite, converted(gradient, average.dtype), average), rate)

@@ -94,8 +94,8 @@ class BatchRenorm(BatchStatistics):
         r_min = r_max.reciprocal() if self.r_min is None else torch.full_like(r_max, self.r_min)
         r = converted((std / running_std).clamp(r_min, r_max), kind)
         d = converted((batch.mean - mean).div_(running_std).clamp(-d_max, d_max), kind)
-        if self.follows(batch, used):
-            mean, std, rate = self.target(batch, std, used)
+        if self.follows(batch, used) and (step := self.target(batch, std, used)) is not None:
+            mean, std, rate = step
             follow(running_mean, mean, rate)
             follow(running_std, std, rate)
             running_var.copy_(F.softshrink(running_std * running_std, eps))  # less eps, and not below 0
