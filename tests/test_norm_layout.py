@@ -1,6 +1,7 @@
 """Axes of size 1 and odd strides: what a layer computes depends on no memory layout, its gradients' neither."""
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_results_and_gradients_are_the_formulas_whatever_the_strides_are(name, t
             generator = torch.Generator().manual_seed(0)
             x, dy = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
             options = {"channel_dim": -1 if last else 1}
-            if "small_batch" in row.layer.__signature__.parameters and row.options.get(
+            if "small_batch" in inspect.signature(row.layer).parameters and row.options.get(
                 "track_running_stats", True
             ):
                 options["small_batch"] = "running"
