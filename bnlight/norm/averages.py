@@ -17,7 +17,7 @@ Observer = Callable[[Moments, Tensor | None], None]
 _CORRECTION = ("example_weight", "example_var")
 
 
-def _reads_values(x: Tensor) -> bool:
+def reads_values(x: Tensor) -> bool:
     """Whether Python may look at a value without waiting for a device, and there is one."""
     return x.is_cpu and can_read_values() and torch._C._len_torch_dispatch_stack() == 0
 
@@ -110,7 +110,7 @@ class RunningAverages(Norm):
         self, mean: Tensor, spread: Tensor, rate: float | Tensor
     ) -> tuple[Tensor, Tensor, float | Tensor] | None:
         """The step of the averages if the batch is finite; else none, and the batch no longer counts."""
-        if not _reads_values(mean):
+        if not reads_values(mean):
             finite = _finite(mean, spread)
             self._count_batch(finite.long() - 1)
             return torch.where(finite, mean, 0), torch.where(finite, spread, 0), rate * finite.to(mean.dtype)
@@ -120,19 +120,21 @@ class RunningAverages(Norm):
         self.skipped_batches += 1
         return None
 
-    def stay_finite(self, before: Tensor) -> None:
-        """Undo the step from the averages `before`, `(2 * C,)`, if one of them is finite no longer."""
-        mean: Tensor = self._buffers["running_mean"]  # type: ignore[assignment]
-        var: Tensor = self._buffers["running_var"]  # type: ignore[assignment]
-        reads = _reads_values(mean)
-        if reads and math.isfinite(mean.dot(var).item()):
+    def stay_finite(self, mean: Tensor, var: Tensor, before: Tensor | None) -> None:
+        """Take the step of the averages that a kernel made, unless it ends where they are finite no longer.
+
+        It moved `mean` and `var`, which are the averages themselves if `before`, `(2 * C,)`, says what they were.
+        """
+        if before is not None and math.isfinite(mean.dot(var).item()):
             return
-        after = torch.cat((mean, var))
-        finite = (after.isfinite() | ~before.isfinite()).all()
-        for average, right in zip((mean, var), torch.where(finite, after, before).chunk(2), strict=True):
-            average.data.copy_(right)  # a backward may hold these: no new version
+        own: list[Tensor] = [self._buffers[name] for name in ("running_mean", "running_var")]  # type: ignore[misc]
+        old, new = torch.cat(own) if before is None else before, torch.cat((mean, var))
+        finite = (new.isfinite() | ~old.isfinite()).all()
+        for average, right in zip(own, torch.where(finite, new, old).chunk(2), strict=True):
+            # A backward may hold the averages themselves, at this version.
+            (average if before is None else average.data).copy_(right)
         self._count_batch(finite.long() - 1)
-        if reads and not bool(finite):
+        if before is not None and not bool(finite):
             self.skipped_batches += 1
 
     def _count_batch(self, number: Tensor | int) -> None:

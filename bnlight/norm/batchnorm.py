@@ -5,6 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from bnlight.norm.averages import reads_values
 from bnlight.norm.batch import Batch, BatchStatistics
 from bnlight.norm.core import can_read_values, statistics_dtype
 from bnlight.norm.layout import batch_norm
@@ -77,14 +78,17 @@ class BatchNorm(BatchStatistics):
             or (mean is not None and mean.dtype != statistics_dtype(x.dtype))
         ):
             return super().by_batch_statistics(x, valid, weight, bias)
-        before = None
-        if mean is not None and var is not None and recomputing():
-            mean, var = mean.clone(), var.clone()  # checkpointing wants the same tensors saved
-        else:
-            before = None if mean is None or var is None else torch.cat((mean, var))
+        again = recomputing()
+        if not again:
             self._count_batch(1)
+        before = None
+        if mean is not None and var is not None:
+            if not again and reads_values(mean):
+                before = torch.cat((mean, var))
+            else:  # checkpointing wants the same tensors saved, and a backward the version it has seen
+                mean, var = mean.clone(), var.clone()
         rate = float(self.rate())
         y = batch_norm(x, weight, bias, mean, var, True, rate, self.eps, torch.backends.cudnn.enabled)
-        if before is not None:
-            self.stay_finite(before)
+        if mean is not None and var is not None and not again:
+            self.stay_finite(mean, var, before)
         return y
