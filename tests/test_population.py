@@ -21,6 +21,8 @@ from bnlight import freeze_norm, precise_statistics, sync_norm, unfreeze_norm
 from bnlight.norm import NORMS, BatchLayerNorm, BatchNorm, BatchRenorm, FullNorm, MeanOnlyBatchNorm, NormLSTM
 from bnlight.norm.batch import BatchStatistics
 
+pytestmark = pytest.mark.filterwarnings("default::bnlight.population.UnconvergedAverages")  # trained a little
+
 CHANNELS = 3
 TYPES = {name: t for name, t in NORMS.items() if issubclass(t, BatchStatistics)} | {
     "mean only": MeanOnlyBatchNorm,
