@@ -271,29 +271,3 @@ def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path, mo
     assert code == 2
     assert "val_acc" in error.partition("there are: ")[2]
     assert "epoch" not in error.partition("there are: ")[2].split(", ")
-
-
-def test_a_target_is_of_the_accuracy_under_any_name_or_of_what_is_monitored(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    metrics = "attempt,step,epoch,time,{0}\n1,10,0,1.0,{1}\n1,20,1,2.0,{2}\n"
-    for sweep, name, before, after in (("acc", "val_acc", 0.5, 0.95), ("mae", "val/mae", 2.0, 0.5)):
-        monitor = {"monitor.metric": name, "monitor.mode": "max" if sweep == "acc" else "min"}
-        job = write_job(f"outputs/{sweep}", result={name: after}, settings=monitor)
-        (job / "metrics.csv").write_text(metrics.format(name, before, after))
-    assert [cell.steps for cell in compare("outputs/acc").cells] == [20]
-    assert [cell.steps for cell in compare("outputs/mae", target=1.5).cells] == [20]
-    assert [cell.reached for cell in compare("outputs/mae").cells] == [0]  # 0.9 is a target for accuracies
-    assert "has reached a validation mae of 0.1" in str(compare("outputs/mae", target=0.1))
-
-
-def test_null_is_a_value_and_callbacks_are_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for threads in (None, 1):
-        for stop in ({}, {"stop": {"_target_": "mine.Stop"}}):
-            given = {"threads": threads, "callbacks": {"best": {"_target_": "mine.Best"}, **stop}}
-            write_job("outputs/nulls", settings=given)
-    cells = compare("outputs/nulls", by=["threads", "callbacks"]).cells
-    assert {(str(c.settings["threads"]), c.settings["callbacks"]) for c in cells} == {
-        (threads, callbacks) for threads in ("null", "1") for callbacks in ("best", "best stop")
-    }
-    assert len(compare("outputs/nulls", where=["threads=null"]).runs) == 2

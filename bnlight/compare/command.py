@@ -50,8 +50,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--tune", type=_tuned, metavar="K,...|none", help=tune)
     where = "only runs with KEY=VALUE[,VALUE...], KEY!=VALUE, 'KEY<=NUMBER' (also < > >=); state and seed are keys too"
     add("--where", nargs="+", action="extend", default=[], metavar="EXPR", help=where)
-    target = "validation accuracy, or value of what the jobs monitor, whose first step is reported "
-    target += f"(default: an accuracy of {Question.target:g})"
+    target = f"validation accuracy whose first step is reported (default: {Question.target:g})"
     add("--target", type=float, default=Question.target, metavar="T", help=target)
     add(
         "--against",

@@ -15,13 +15,13 @@ from bnlight.compare.against import Against, find_against
 from bnlight.compare.axes import Axes, assign, describes, varying_keys
 from bnlight.compare.caveats import caveats
 from bnlight.compare.cells import make_cells
-from bnlight.compare.derive import Monitor, aim, derive, monitor_of
+from bnlight.compare.derive import Monitor, derive, monitor_of
 from bnlight.compare.evidence import Evidence, gather
 from bnlight.compare.evidence.repeats import repeats_of
 from bnlight.compare.read import Runs, read_runs
 from bnlight.compare.results import default_output, write
 from bnlight.compare.stats import Cell, pick_metric, validation_metric
-from bnlight.compare.verdict import Finding, findings, headline, metric_words, terms
+from bnlight.compare.verdict import Finding, findings, headline, terms
 from bnlight.compare.where import resolve, select
 
 Source = str | Path
@@ -45,9 +45,8 @@ class Comparison:
     `runs`, `history`, `configs`, `notes` and `directories` are those of `read_runs`, of the runs that `question.where`
     keeps, with the derived columns. `cells` are the rows of the table in its order, `metric` what they are ranked by,
     `tuned_by` the validation metric that settings were chosen by (None: nothing is tuned), `terms` how that is
-    said, `monitor` what the jobs monitored, `aimed` what the target is a value of, `verdict` the sentence it opens
-    with, `findings` one statement per condition (a batch size, say), `evidence` the tests behind them, `caveats` what
-    limits them, `against` the same
+    said, `monitor` what the jobs monitored, `verdict` the sentence it opens with, `findings` one statement per
+    condition (a batch size, say), `evidence` the tests behind them, `caveats` what limits them, `against` the same
     contenders in another sweep. `output` is the folder of `results_csv` and `page`; `unwritten` says why they are not
     there.
     """
@@ -70,7 +69,6 @@ class Comparison:
     findings: list[Finding]
     evidence: Evidence
     caveats: list[str]
-    aimed: str = "val/accuracy"
     against: Against | None = None
     unwritten: str | None = None
 
@@ -179,8 +177,7 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
         )
     read, left_out = _filtered(read, question.where)
     monitor = monitor_of(read.configs)
-    aimed = aim(monitor, read.history, question.target != Question.target)
-    runs = derive(read.runs, read.history, read.configs, question.target, monitor, aimed)
+    runs = derive(read.runs, read.history, read.configs, question.target, monitor)
     if question.metric is not None and question.metric not in runs:
         logged = {*map(str, read.history)} - {"directory", "job", "norm", "step", "epoch", "time"}
         names = ", ".join(sorted(n for n in map(str, runs) if "/" in n or n in logged)) or "none"
@@ -197,7 +194,7 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
     tuned_by = validation if axes.tuned else None
     limits = caveats(runs, cells, axes, read.configs, metric, tuned_by, repeats)
     if question.target != Question.target and not any(cell.reached for cell in cells):
-        limits.append(f"No finished run has reached a {metric_words(aimed)} of {question.target:g}.")
+        limits.append(f"No finished run has reached a validation accuracy of {question.target:g}.")
     return Comparison(
         sources=sources,
         directories=read.directories,
@@ -211,7 +208,6 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
         cells=cells,
         metric=metric,
         monitor=monitor,
-        aimed=aimed,
         tuned_by=tuned_by,
         terms=how,
         verdict=f"{headline(found, axes, metric, monitor)} {how}".strip(),

@@ -74,32 +74,18 @@ def quantity(metric: str) -> str:
     return re.sub(r"^(best_)?(validation|valid|val|test|train)[/_.]", "", metric)
 
 
-def aim(monitor: Monitor, history: pd.DataFrame, asked: bool) -> str:
-    """The metric that a target is of: the validation accuracy, or, where one was `asked` for, what is monitored."""
-    if monitor.metric in history and (asked or is_accuracy(monitor.metric)):
-        return monitor.metric
-    named = [name for name in map(str, history) if name.startswith("val") and is_accuracy(name)]
-    return named[0] if named and "val/accuracy" not in named else "val/accuracy"
-
-
-def is_accuracy(metric: str) -> bool:
-    """Whether a metric is called `accuracy` or `acc`, whatever it is measured on."""
-    return quantity(metric) in ("accuracy", "acc")
-
-
 def derive(
     runs: pd.DataFrame,
     history: pd.DataFrame,
     configs: pd.DataFrame,
     target: float,
     monitor: Monitor = Monitor(),
-    aimed: str = "val/accuracy",
 ) -> pd.DataFrame:
     """Add the derived columns to a copy of `runs`; what a run's history does not give is missing.
 
     - `best_val/<name>`: the best value of each `val/` metric: the lowest loss, the highest accuracy; likewise of
       what the jobs monitor;
-    - `steps_to_target`: the first step at which the metric `aimed` at is as good as the `target`, or better;
+    - `steps_to_target`: the first step with `val/accuracy >= target`;
     - `seconds_to_target`: the seconds of training until then, see `training_seconds`;
     - `seconds_per_step`: the median over epochs of `train/seconds_per_step`, the time of one batch. The first epoch
       carries the start (compiling, filling caches), so it is left out where there are others;
@@ -116,7 +102,7 @@ def derive(
     derived = runs.copy()
     names = {name for frame in (runs, history) for name in map(str, frame.columns) if name.startswith("val/")}
     names |= {monitor.metric} & {*runs.columns, *history.columns}
-    seen = _finite(history, runs.index, names | {aimed})
+    seen = _finite(history, runs.index, names)
     by_job = _by_job(seen)
     for name in sorted(names):
         best = runs[name].copy() if name in runs else pd.Series(np.nan, index=runs.index)
@@ -125,8 +111,7 @@ def derive(
             best = found.reindex(runs.index).fillna(best)
         derived[f"best_{name}"] = best
     seen["seconds"] = training_seconds(seen, _batches_per_step(runs, configs))
-    there = seen[aimed] <= target if monitor.lower(aimed) else seen[aimed] >= target
-    first = seen[there].drop_duplicates("directory").set_index("directory")
+    first = seen[seen["val/accuracy"] >= target].drop_duplicates("directory").set_index("directory")
     measured = {
         "steps_to_target": first["step"],
         "seconds_to_target": first["seconds"],

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from bnlight.compare.axes import shown
 from bnlight.compare.beyond import beyond
-from bnlight.compare.derive import is_accuracy
 from bnlight.compare.stats import Cell, number
 from bnlight.compare.verdict import is_tuned, metric_words, milliseconds
 
@@ -71,7 +70,7 @@ def columns(comparison: Comparison, spread: bool = False) -> list[Column]:
     if any(cell.best_loss.n for cell in cells) and comparison.metric != "best_val/loss":
         result.append(Column("best validation\nloss", [number(cell.best_loss.mean) for cell in cells]))
     if any(cell.reached for cell in cells):
-        result.append(Column(f"steps to\n{_target(comparison)}", [_steps(c) for c in cells]))
+        result.append(Column(f"steps to\n{comparison.target * 100:g} %", [_steps(c) for c in cells]))
     if any(cell.seconds.n for cell in cells):
         result.append(Column("time per\nstep", [milliseconds(cell.seconds.mean) for cell in cells]))
     return result
@@ -271,11 +270,6 @@ def _first(items: Sequence[Any]) -> Sequence[Any]:
 def _more(console: Console, count: int, where: str) -> None:
     if count > _LISTED:
         _line(console, Text(f"... and {count - _LISTED} more: all {count} {where}"))
-
-
-def _target(comparison: Comparison) -> str:
-    target = comparison.target
-    return f"{target * 100:g} %" if is_accuracy(comparison.aimed) and target <= 1 else f"{target:g}"
 
 
 def _steps(cell: Cell) -> str:

@@ -122,7 +122,7 @@ def _column(key: str, runs: pd.DataFrame, configs: pd.DataFrame, varying: Sequen
 def _comparable(text: str) -> str | float:
     if _is_number(text):
         return float(text)
-    return {"-": "null"}.get(text, text.casefold())
+    return {"null": "-"}.get(text.casefold(), text.casefold())
 
 
 def _is_number(text: str) -> bool:

@@ -75,8 +75,6 @@ class MetricsFile(DummyLogger):
                 done = trainer.fit_loop.epoch_loop._batches_that_stepped
                 self._own = {"step": done if step is None else step, "epoch": trainer.current_epoch}
                 self._own |= {column(name): float(metrics[name]) for name in named}
-            if trainer.testing:  # the epoch that was trained last, where Lightning takes the one to come
-                metrics = {"epoch": max(0, trainer.current_epoch - 1), **metrics}
             try:
                 write(metrics, step)
             finally:

@@ -13,7 +13,6 @@ from bnlight.compare.page.columns import amount, exact, heading
 from bnlight.compare.page.markup import cell, grid, items, text
 from bnlight.compare.page.pictures import Pictures
 from bnlight.compare.stats import number
-from bnlight.compare.verdict import metric_words
 
 if TYPE_CHECKING:
     from bnlight.compare.against import Difference
@@ -109,7 +108,7 @@ def _stability(comparison: Comparison) -> str:
         "Over all runs of a contender, at every setting tried; roughness is how much a training curve jumps. Over "
         "those at the chosen setting: the train-eval gap, how much better a run is on its training data than on the "
         f"data it is judged by; {norms if 'norm gap' in gaps else ''}when the median run reaches the target, a "
-        f"{metric_words(comparison.aimed)} of {comparison.target:g}."
+        f"validation accuracy of {comparison.target:g}."
     )
     table = grid("stability", "Stability", heads, rows)
     return f'<h2>Stability</h2>\n<p class="soft">{text(note)}</p>\n{table}\n'

@@ -12,7 +12,7 @@ from bnlight.compare.axes import shown
 from bnlight.compare.page import columns as page_columns
 from bnlight.compare.page import data
 from bnlight.compare.page.markup import attributes, cell, grid, items, text
-from bnlight.compare.verdict import is_tuned, metric_words
+from bnlight.compare.verdict import is_tuned
 
 if TYPE_CHECKING:
     from bnlight.compare.comparison import Comparison
@@ -72,10 +72,9 @@ def table_of_cells(comparison: Comparison) -> str:
         rows.append(f"<tr{marked}>{page_columns.row(comparison, each, described)}</tr>")
     note = "Means over the n seeds that are done; ± is the half-width of the 95 % interval."
     if any(column.kind == "steps" for column in described):
-        better = "less" if comparison.monitor.lower(comparison.aimed) else "more"
         note += (
-            f" Steps: the median number of optimizer steps until the {metric_words(comparison.aimed)} is "
-            f"{comparison.target:g} or {better}, and how many of the runs got there."
+            " Steps: the median number of optimizer steps until the validation accuracy is "
+            f"{comparison.target:g} or more, and how many of the runs got there."
         )
     toggles = _toggle("more", "Spread, median and worst seed")
     if is_tuned(cells):

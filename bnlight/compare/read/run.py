@@ -77,10 +77,7 @@ def row_of(
 
 
 def flatten(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's leaves as `section.key`, its group choices as `group`; lists are one leaf, as JSON.
-
-    Null is the word `null`: a key that other jobs alone have is missing.
-    """
+    """The config's leaves as `section.key`, its group choices as `group`; lists are one leaf, as JSON."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
@@ -90,13 +87,11 @@ def flatten(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]
         elif isinstance(value, (dict, list)):
             flat[prefix] = json.dumps(value, sort_keys=True, default=str)
         else:
-            flat[prefix] = "null" if value is None else value
+            flat[prefix] = value
 
     visit("", {key: value for key, value in config.items() if key != "job"})
     choices = mapping(mapping(config.get("job")).get("choices"))
     flat.update({str(group): choice for group, choice in choices.items() if choice is not None})
-    if parts := mapping(config.get("callbacks")):  # several options at once, so that there is no one choice
-        flat["callbacks"] = " ".join(str(name) for name, part in parts.items() if part)
     flat["norm"] = row["norm"]
     return flat
 
