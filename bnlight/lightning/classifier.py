@@ -121,7 +121,7 @@ class Classifier(pl.LightningModule):
         if scheduler is None or (isinstance(scheduler, dict) and not scheduler.get("_target_")):
             return optimizer
         if isinstance(scheduler, dict):
-            scheduler = filled(scheduler, self.trainer, optimizer)
+            scheduler = steps_filled(scheduler, self.trainer)
         schedule = {"scheduler": _build(scheduler, optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -176,20 +176,10 @@ def _full(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def filled(scheduler: Config, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The scheduler's config with the run's number of optimizer steps where None means all of them.
-
-    A one-cycle schedule cycles the momentum of an optimizer that has one. torch's would give SGD and RMSprop one of
-    0.85 to 0.95 where 0 was chosen; `cycle_momentum=true` in the config asks for that.
-    """
+def steps_filled(scheduler: Config, trainer: pl.Trainer) -> dict[str, Any]:
+    """The scheduler's config with the run's number of optimizer steps where None means all of them."""
     steps = int(trainer.estimated_stepping_batches)
-    config = {k: steps if v is None and k in STEPS_OF_THE_RUN else v for k, v in scheduler.items()}
-    still = "betas" not in optimizer.defaults and not optimizer.defaults.get("momentum")
-    return {"cycle_momentum": False, **config} if _cycles(config) and still else config
-
-
-def _cycles(scheduler: Config) -> bool:
-    return str(scheduler.get("_target_")).endswith((".OneCycleLR", ".CyclicLR"))
+    return {k: steps if v is None and k in STEPS_OF_THE_RUN else v for k, v in scheduler.items()}
 
 
 def _build(factory: Any, *args: Any) -> Any:

@@ -8,9 +8,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import omegaconf
-from omegaconf import OmegaConf
-
 MOST_DIGITS = 300  # of a power's whole number
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -18,14 +15,6 @@ OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
-}
-COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
 }
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": min,
@@ -43,7 +32,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def evaluate(*parts: Any) -> int | float:
-    """The value of an expression of numbers, `+ - * / // % **`, parentheses, one comparison, and the functions above.
+    """The value of an expression of numbers, `+ - * / // % **`, parentheses, and the functions above.
 
     Whole numbers stay whole where that is exact: 8 / 4 is 2, 8 / 3 is 2.666..., sqrt(16) is 4.0. An expression
     with parentheses or commas is put in quotes: `${bnlight.eval:'sqrt(${data.batch_size}) * 0.1'}`. No code is run.
@@ -58,8 +47,8 @@ def evaluate(*parts: Any) -> int | float:
     except (ValueError, ArithmeticError, TypeError, SyntaxError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ValueError(
-            f"bnlight.eval cannot compute '{text}': {reason}. It knows numbers, + - * / // % **, parentheses, a "
-            f"comparison, and {', '.join(FUNCTIONS)}"
+            f"bnlight.eval cannot compute '{text}': {reason}. It knows numbers, + - * / // % **, parentheses and "
+            f"{', '.join(FUNCTIONS)}"
         ) from None
     return value
 
@@ -81,8 +70,6 @@ def _value(node: ast.expr) -> int | float:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             result: int | float = OPERATORS[type(op)](_value(left), _value(right))
             return result
-        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
-            return COMPARISONS[type(op)](_value(left), _value(right))
         case ast.Call(func=ast.Name(id=name), args=given, keywords=[]) if name in FUNCTIONS:
             called: int | float = FUNCTIONS[name](*map(_value, given))
             return called
@@ -105,15 +92,3 @@ def _power(base: int | float, exponent: int | float) -> int | float:
         raise ValueError("a root of a negative number")
     whole: int | float = result
     return whole
-
-
-def register() -> None:
-    """Make `${bnlight.eval:2 * 3}` known to OmegaConf."""
-    add_resolver("bnlight.eval", evaluate)
-
-
-def add_resolver(name: str, function: Callable[..., Any]) -> None:
-    """OmegaConf 2.4 has renamed its function for this."""
-    renamed = omegaconf.__version__ >= "2.4"
-    add: Any = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
-    add(name, function, replace=True)

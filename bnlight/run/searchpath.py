@@ -6,8 +6,6 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from bnlight.run import arithmetic
-
 also: list[str] = []  # folders of this command that come before the package
 
 
@@ -15,7 +13,6 @@ class BnlightSearchPath(SearchPathPlugin):
     """Appends `also`, `pkg://bnlight.conf` and `pkg://bnlight.sweeps`: an application's own groups come first."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        arithmetic.register()  # which the groups use
         there = {element.path for element in search_path.get_path()}
         for path in (*(f"file://{folder}" for folder in also), "pkg://bnlight.conf", "pkg://bnlight.sweeps"):
             if path not in there:
