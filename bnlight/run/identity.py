@@ -14,6 +14,7 @@ from typing import Any
 import omegaconf
 import yaml
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf, read_write
+from omegaconf.errors import InterpolationToMissingValueError
 
 from bnlight.run.arithmetic import evaluate
 from bnlight.run.groups import NOTHING, without_null
@@ -107,7 +108,14 @@ def _plain(config: DictConfig, key: Any, complete: bool) -> Any:
     value = config[key]
     if not OmegaConf.is_config(value):
         return value
-    return OmegaConf.to_container(value, resolve=True, throw_on_missing=complete)
+    try:
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=complete)
+    except InterpolationToMissingValueError:
+        if complete:
+            raise
+        return OmegaConf.to_container(
+            value, resolve=False
+        )  # what follows from a value that is yet to be chosen
 
 
 def _leave_out_what_is_off(config: dict[str, Any]) -> None:
