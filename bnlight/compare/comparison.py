@@ -44,11 +44,11 @@ class Comparison:
 
     `runs`, `history`, `configs`, `notes` and `directories` are those of `read_runs`, of the runs that `question.where`
     keeps, with the derived columns. `cells` are the rows of the table in its order, `metric` what they are ranked by,
-    `tuned_by` the validation metric that settings were chosen by (None: nothing is tuned), `terms` how that is
-    said, `aimed_at` what the target is held against, `monitor` what the jobs monitored, `verdict` the sentence it
-    opens with, `findings` one statement per condition (a batch size, say), `evidence` the tests behind them, `caveats` what limits them, `against` the same
-    contenders in another sweep. `output` is the folder of `results_csv` and `page`; `unwritten` says why they are not
-    there.
+    `tuned_by` the validation metric that settings were chosen by (None: nothing is tuned), `terms` how that is said,
+    `aimed_at` what the target is held against, `monitor` what the jobs monitored, `verdict` the sentence it opens
+    with, `findings` one statement per condition (a batch size, say), `evidence` the tests behind them, `caveats` what
+    limits them, `against` the same contenders in another sweep. `output` is the folder of `results_csv` and `page`;
+    `unwritten` says why they are not there.
     """
 
     sources: list[str]
