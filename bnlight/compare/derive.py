@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bnlight.compare.axes import NULL
+
 _LOWER = {
     "loss",
     "error",
@@ -64,7 +66,9 @@ def monitor_of(configs: pd.DataFrame) -> Monitor:
     """What the jobs monitor, where they agree."""
 
     def only(key: str) -> Any:
-        values = list(configs[key].dropna().unique()) if key in configs else []
+        values = (
+            [value for value in configs[key].dropna().unique() if value != NULL] if key in configs else []
+        )
         return values[0] if len(values) == 1 else None
 
     metric, mode = only("monitor.metric"), only("monitor.mode")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from bnlight.compare.axes import shown
+from bnlight.compare.axes import NULL, shown
 
 _FILTER = re.compile(r"\s*([^\s<>=!]+)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*")
 _SIGNS: dict[str, Callable[[Any, Any], Any]] = {
@@ -74,6 +74,7 @@ class Filter:
             numbers = pd.to_numeric(column, errors="coerce")
             return pd.Series(_SIGNS[self.sign](numbers, float(self.values[0])), column.index)
         wanted = {_comparable(value) for value in self.values}
+        wanted |= {"-"} if NULL in wanted else set()
         equal = column.map(lambda value: _comparable(shown(value)) in wanted)
         return ~equal if self.sign == "!=" else equal
 
@@ -130,7 +131,7 @@ def _column(key: str, runs: pd.DataFrame, configs: pd.DataFrame, varying: Sequen
 def _comparable(text: str) -> str | float:
     if _is_number(text):
         return float(text)
-    return {"null": "-"}.get(text.casefold(), text.casefold())
+    return text.casefold()
 
 
 def _is_number(text: str) -> bool:
