@@ -30,6 +30,10 @@ from bnlight.run.overrides import overridden
         ("sqrt(16)", 4.0),
         ("max(1, 8) + min(2, 3) + round(2.6) + int(1.9) + ceil(0.1)", 15),
         ("1e-05 * 2", 2e-05),
+        ("0.9 > 0", True),
+        ("2 * 3 == 6", True),
+        ("sqrt(16) != 4", False),
+        ("-1 >= 0", False),
     ],
 )
 def test_whole_numbers_stay_whole_where_that_is_exact(text: str, value: float) -> None:
@@ -52,6 +56,9 @@ def test_whole_numbers_stay_whole_where_that_is_exact(text: str, value: float) -
         ("(-8) ** 0.5", "a root of a negative number"),
         ("9 ** 9 ** 9", "the power is too large"),
         ("1e400", "the result is not finite"),
+        ("1 < 2 < 3", "is no number"),
+        ("(1 < 2) + 1", "is no number"),
+        ("1 in 2", "is no number"),
         ("2 +", "invalid syntax"),
         ("", "invalid syntax"),
     ],

@@ -152,6 +152,9 @@ def test_what_means_something_to_latex_or_markdown_is_escaped():
         (["--by", "batchsize"], "Did you mean data.batch_size?"),
         (["--where", "lr<fast"], "'lr<fast': < takes one number, not 'fast'"),
         (["--metric", "test/f1"], "no run in outputs/norms has the metric 'test/f1'"),
+        (["--metric", "test_acuracy"], "Did you mean test/accuracy or"),
+        (["--where", "norm=renrom"], "norm is one of: batch, renorm, tanh. Did you mean renorm?"),
+        (["--where", "batchsize=4"], "Did you mean data.batch_size?"),
         (["--against", "outputs/nothing"], "outputs/nothing"),
         (["--output", "outputs/norms/file/below"], "outputs/norms/file"),
     ],
@@ -269,5 +272,6 @@ def test_a_metric_that_is_not_there_is_answered_with_those_that_are(tmp_path, mo
     (job / "metrics.csv").write_text("attempt,step,epoch,time,val_acc\n1,10,0,1.0,0.5\n")
     code, _, error = run(capsys, "outputs/plain", "--metric", "val/acc")
     assert code == 2
+    assert "Did you mean val_acc?" in error
     assert "val_acc" in error.partition("there are: ")[2]
     assert "epoch" not in error.partition("there are: ")[2].split(", ")

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from test_compare_builder import write_job
+from test_compare_builder import scored, write_job
 
 from bnlight.compare import compare
+from bnlight.compare.page.data import axis
 
 
 def write(root: Path, experiment: str, norm: str, seed: int, **optimizer: Any) -> None:
@@ -51,3 +52,17 @@ def test_experiments_that_share_a_norm_stay_contenders(tmp_path: Path) -> None:
         write(tmp_path, "usual", "batch", seed, lr=0.1)
         write(tmp_path, "slow", "batch", seed, lr=0.02, momentum=0.5)
     assert "experiment" in compare(tmp_path).axes.contenders
+
+
+def test_null_and_absent_alone_make_no_axis(tmp_path: Path) -> None:
+    scored(tmp_path, "batch", [0.9], settings={"trainer.precision": None})
+    scored(tmp_path, "group", [0.9])
+    assert compare(tmp_path).axes.keys == ["norm"]
+
+
+def test_a_numeric_setting_that_is_null_in_some_jobs_stays_a_numeric_axis(tmp_path: Path) -> None:
+    for value in (2, 8, 32, None):
+        scored(tmp_path, "batch", [0.9, 0.91], settings={"norm.virtual_batch_size": value})
+    found = compare(tmp_path, by=["norm", "norm.virtual_batch_size"])
+    drawn = axis(found, "norm.virtual_batch_size")
+    assert (drawn["numeric"], drawn["levels"]) == (True, ["2", "8", "32", "null"])

@@ -88,3 +88,45 @@ def test_parts_that_a_module_did_not_use_are_no_setting_and_no_caveat(tmp_path: 
     assert set(found.runs["model"]) == {"Regression"}
     assert not any("learning rate" in caveat for caveat in found.caveats)
     assert not [key for key in found.configs if key.startswith(("model.", "optimizer"))]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "target", "words"),
+    [
+        ("val/score", "max", 5.5, "score of 5.5"),
+        ("val/mae", "min", 1.5, "mae of 1.5 or less"),
+        ("val_acc", "max", 5.5, "acc of 5.5"),
+    ],
+)
+def test_a_target_is_one_of_what_the_jobs_monitor(
+    tmp_path: Path, metric: str, mode: str, target: float, words: str
+) -> None:
+    found = compare(sweep(tmp_path, metric, mode, None), target=target)
+    assert {cell.contender: cell.reached for cell in found.cells} == {"group": 2, "batch": 0}
+    assert found.aim.endswith(words)
+    assert words in found.page.read_text()
+    assert f"{metric} {target:g}" in str(found)
+    assert not any("has reached" in caveat for caveat in found.caveats)
+    missed = compare(tmp_path, target=-1 if mode == "min" else 99)
+    assert f"No finished run has reached a {missed.aim}." in missed.caveats
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_without_a_target_only_an_accuracy_is_held_against_ninety_per_cent(tmp_path: Path, mode: str) -> None:
+    found = compare(sweep(tmp_path, "val/score", mode, None))
+    assert found.aimed_at is None
+    assert "steps to" not in str(found)
+
+
+def test_a_target_of_an_accuracy_by_another_name_than_the_monitored(tmp_path: Path) -> None:
+    job = write_job(tmp_path, result={"val_acc": 0.5})
+    (job / "metrics.csv").write_text("attempt,step,epoch,time,val_acc\n1,10,0,1.0,0.5\n")
+    assert compare(tmp_path, target=0.4).cells[0].steps == 10
+
+
+def test_a_target_of_what_nobody_has_logged_says_what_there_is(tmp_path: Path) -> None:
+    job = write_job(tmp_path, result={"val_f1": 0.5})
+    (job / "metrics.csv").write_text("attempt,step,epoch,time,val_f1\n1,10,0,1.0,0.5\n")
+    caveats = compare(tmp_path, target=0.4).caveats
+    said = "No run has logged val/accuracy, which a target is held against; there is: val_f1."
+    assert said in caveats

@@ -9,6 +9,8 @@ from scipy import stats
 from test_compare_builder import scored, write_job, write_metrics
 
 from bnlight.compare import compare
+from bnlight.compare.axes import shown
+from bnlight.compare.derive import Monitor
 from bnlight.compare.where import parse, resolve
 
 TRIED = (0.01, 0.1)
@@ -339,6 +341,25 @@ def test_a_missing_setting_is_null(tmp_path):
     scored(tmp_path, "group", [0.9], settings={"norm.num_groups": 4})
     assert set(compare(tmp_path, where="num_groups=null").runs["norm"]) == {"batch"}
     assert set(compare(tmp_path, where="num_groups!=null").runs["norm"]) == {"group"}
+
+
+def test_a_setting_that_is_null_is_shown_so_and_told_from_one_that_is_absent(tmp_path):
+    for value in (8, None):
+        scored(tmp_path, "batch", [0.9, 0.91], settings={"norm.virtual_batch_size": value})
+    scored(tmp_path, "layer", [0.9, 0.92])
+    key = "norm.virtual_batch_size"
+    found = compare(tmp_path, by=["norm", key])
+    assert {(cell.settings["norm"], shown(cell.settings[key])) for cell in found.cells} == {
+        ("batch", "8"), ("batch", "null"), ("layer", "-"),
+    }  # fmt: skip
+    assert "null" in str(found)
+    for where, norms in (
+        (f"{key}=null", ["batch", "layer"]),
+        (f"{key}=-", ["layer"]),
+        (f"{key}!=null", ["batch"]),
+    ):
+        assert sorted(set(compare(tmp_path, where=where).runs["norm"])) == norms
+    assert compare(tmp_path).monitor == Monitor()
 
 
 def test_a_filter_prints_as_it_was_written():

@@ -209,3 +209,16 @@ def test_a_config_has_no_null_where_a_group_is(project: Path) -> None:
     assert config["scheduler"] == {"_target_": None}
     assert config["callbacks"] == {}
     assert json.dumps(config)
+
+
+def test_a_list_of_callbacks_is_called_by_its_names(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["callbacks=[default, norm_monitor]"], ["callbacks=[]"], []):
+        assert main(["train", *QUICK, *words]) == 0
+    names = {c["job"]["choices"]["callbacks"] for c in configs(project)}
+    assert names == {"default+norm_monitor", "none", "default"}
+    capsys.readouterr()
+    assert main(["compare", "outputs/train"]) == 0
+    assert "default+norm_monitor" in capsys.readouterr().out
+    assert main(["compare", "outputs/train", "--where", "callbacks=default+norm_monitor"]) == 0

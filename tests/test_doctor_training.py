@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -286,3 +287,19 @@ def test_two_ranks_say_it_once(
     lines = [line for line in done.stdout.splitlines() if "doctor:" in line]
     assert len(lines) == 1
     assert "each of the 2 ranks normalizes by its own batch" in lines[0]
+
+
+@pytest.mark.parametrize("norm", ["renorm", "full"])
+def test_a_training_too_short_for_its_averages_is_told_and_the_remedy_is_one(
+    project: Path, norm: str
+) -> None:
+    def found(*words: str) -> list[str]:
+        config = compose_job([*SMALL, f"norm={norm}", "norm.momentum=0.01", *words])
+        return [str(one) for one in job_doctor.examine_job(config) if one.check == "unconverged"]
+
+    (said,) = found()
+    assert "their initial values" in said
+    remedy = re.search(r"norm\.momentum=[0-9.]*[0-9]", said)
+    assert remedy
+    assert found(remedy[0]) == []
+    assert found("trainer.max_epochs=40") == []

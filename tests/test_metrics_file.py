@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 from own_code import MAE, MINE, REGRESSION
 
 from bnlight.cli import main
-from bnlight.compare import compare
+from bnlight.compare import compare, read_runs
 from bnlight.run.metrics import MetricsFile
 
 LOGS = """
@@ -118,3 +119,29 @@ def test_metrics_called_as_the_columns_of_the_index_are_beside_them(project: Pat
 def test_what_only_a_tracker_can_does_nothing_without_one(project: Path) -> None:
     (project / "mine.py").write_text(MINE + LOGS)
     assert main(["train", *REGRESSION, *MAE, "module._target_=mine.Pictures"]) == 0
+
+
+@pytest.mark.parametrize(
+    "limits", [["trainer.max_epochs=2"], ["trainer.max_epochs=9", "+trainer.max_steps=5"]]
+)
+def test_the_final_test_stands_at_the_epoch_that_was_trained_last(project: Path, limits: list[str]) -> None:
+    assert main(["train", *SMALL, "progress=off", "+trainer.limit_train_batches=3", *limits]) == 0
+    (job,) = project.glob("outputs/train/*/")
+    tested = [row for row in rows(job) if row["test/accuracy"]]
+    assert [row["epoch"] for row in tested] == ["1"]
+    assert max(row["epoch"] for row in rows(job)) == "1"
+    result = json.loads((job / "result.json").read_text())
+    assert (result["epochs"], result["steps"]) == (2, int(tested[0]["step"]))
+
+
+def test_a_step_belongs_to_one_epoch_whatever_an_older_test_has_written(tmp_path: Path) -> None:
+    job = tmp_path / "one"
+    job.mkdir()
+    file = MetricsFile(job, attempt=1)
+    file.log_metrics({"val/accuracy": 0.5, "epoch": 0}, step=10)
+    file.log_metrics({"test/accuracy": 0.4, "epoch": 1}, step=10)
+    (job / "config.yaml").write_text("{job: {name: one}}")
+    (job / "status.json").write_text('{"state": "done"}')
+    history = read_runs(tmp_path).history
+    assert history["epoch"].tolist() == [0]
+    assert history["test/accuracy"].tolist() == [0.4]

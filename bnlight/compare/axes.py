@@ -13,6 +13,7 @@ import pandas as pd
 # As in a job's identity: they say where and who, not what.
 _IGNORED = ("job", "hydra", "paths", "logger", "progress", "rerun")
 _DISPLAY = {"trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.default_root_dir"}
+NULL = "null"  # the value of a setting that is null, which is not one that is absent
 _CONTENDERS = ("norm", "weight", "sync")
 _TUNED = ("optimizer", "scheduler", "norm")
 
@@ -50,7 +51,7 @@ class Axes:
             return ", ".join(f"{self.label(key)}={shown(settings[key])}" for key in self.contenders)
         extra = [(self.label(key), shown(settings[key])) for key in self.contenders if key != "norm"]
         return " + ".join(
-            [shown(settings["norm"]), *(f"{k}={v}" for k, v in extra if v not in ("none", "-"))]
+            [shown(settings["norm"]), *(f"{k}={v}" for k, v in extra if v not in ("none", NULL, "-"))]
         )
 
     def condition(self, settings: dict[str, Any]) -> str:
@@ -133,7 +134,7 @@ def assign(
 
 
 def shown(value: Any) -> str:
-    """A setting in six digits: `0.1`, `32` (also for 32.0), `-` for a key this job does not have."""
+    """A setting in six digits: `0.1`, `32` (also for 32.0), `null`, and `-` for a key this job does not have."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, float):
@@ -142,12 +143,12 @@ def shown(value: Any) -> str:
 
 
 def sortable(value: Any) -> tuple[int, float, str]:
-    """A sort key for settings: numbers by size, then words, then missing ones."""
+    """A sort key for settings: numbers by size, then words, then null and missing ones."""
     text = shown(value)
     try:
         return (0, float(text), "")
     except ValueError:
-        return (2, 0.0, "") if text == "-" else (1, 0.0, text)
+        return (2, 0.0, text) if text in ("-", NULL) else (1, 0.0, text)
 
 
 def _typed(overrides: pd.Series) -> set[str]:
@@ -164,7 +165,9 @@ def describes(key: str) -> bool:
 def _is_setting(key: str, values: pd.Series, jobs: pd.Series) -> bool:
     if not describes(key):
         return False
-    if values.nunique(dropna=False) < 2:
+    if (
+        values.replace(NULL, np.nan).nunique(dropna=False) < 2
+    ):  # another version may have left out what is null
         return False
     return not any(isinstance(v, str) and job in v for v, job in zip(values, jobs, strict=True))
 

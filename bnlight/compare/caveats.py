@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from bnlight.compare.axes import Axes, describes, follows, shown, sortable
+from bnlight.compare.axes import NULL, Axes, describes, follows, shown, sortable
 from bnlight.compare.stats import Cell
 from bnlight.compare.verdict import is_tuned, metric_words
 
@@ -71,7 +71,7 @@ def _shared(axes: Axes, configs: pd.DataFrame) -> list[str]:
     """Norms compared at one shared learning rate."""
     if "norm" not in axes.contenders or "optimizer.lr" not in configs:
         return []
-    rates = configs["optimizer.lr"].dropna().unique()
+    rates = configs["optimizer.lr"].replace(NULL, None).dropna().unique()
     if len(rates) == 1:
         return [
             f"All norms share one learning rate ({shown(rates[0])}), and another norm may win at its own. Sweep "

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnlight.compare.comparison import Question, compare
+from bnlight.compare.comparison import compare
+from bnlight.compare.derive import TARGET
 from bnlight.compare.formats import FORMATS
 
 DESCRIPTION = """\
@@ -50,8 +51,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--tune", type=_tuned, metavar="K,...|none", help=tune)
     where = "only runs with KEY=VALUE[,VALUE...], KEY!=VALUE, 'KEY<=NUMBER' (also < > >=); state and seed are keys too"
     add("--where", nargs="+", action="extend", default=[], metavar="EXPR", help=where)
-    target = f"validation accuracy whose first step is reported (default: {Question.target:g})"
-    add("--target", type=float, default=Question.target, metavar="T", help=target)
+    target = (
+        f"value of what the jobs monitor whose first step is reported (default: {TARGET:g}, of an accuracy)"
+    )
+    add("--target", type=float, metavar="T", help=target)
     add(
         "--against",
         metavar="OTHER",

@@ -15,14 +15,14 @@ from bnlight.compare.against import Against, find_against
 from bnlight.compare.axes import Axes, assign, describes, varying_keys
 from bnlight.compare.caveats import caveats
 from bnlight.compare.cells import make_cells
-from bnlight.compare.derive import Monitor, derive, monitor_of
+from bnlight.compare.derive import TARGET, Monitor, derive, monitor_of, target_metric
 from bnlight.compare.evidence import Evidence, gather
 from bnlight.compare.evidence.repeats import repeats_of
 from bnlight.compare.read import Runs, read_runs
 from bnlight.compare.results import default_output, write
 from bnlight.compare.stats import Cell, pick_metric, validation_metric
-from bnlight.compare.verdict import Finding, findings, headline, terms
-from bnlight.compare.where import resolve, select
+from bnlight.compare.verdict import Finding, findings, headline, metric_words, terms
+from bnlight.compare.where import did_you_mean, resolve, select
 
 Source = str | Path
 
@@ -35,7 +35,7 @@ class Question:
     by: Sequence[str] | None = None
     tune: Sequence[str] | None = None
     where: Sequence[str] = ()
-    target: float = 0.9
+    target: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Comparison:
 
     `runs`, `history`, `configs`, `notes` and `directories` are those of `read_runs`, of the runs that `question.where`
     keeps, with the derived columns. `cells` are the rows of the table in its order, `metric` what they are ranked by,
-    `tuned_by` the validation metric that settings were chosen by (None: nothing is tuned), `terms` how that is
-    said, `monitor` what the jobs monitored, `verdict` the sentence it opens with, `findings` one statement per
-    condition (a batch size, say), `evidence` the tests behind them, `caveats` what limits them, `against` the same
-    contenders in another sweep. `output` is the folder of `results_csv` and `page`; `unwritten` says why they are not
-    there.
+    `tuned_by` the validation metric that settings were chosen by (None: nothing is tuned), `terms` how that is said,
+    `aimed_at` what the target is held against, `monitor` what the jobs monitored, `verdict` the sentence it opens
+    with, `findings` one statement per condition (a batch size, say), `evidence` the tests behind them, `caveats` what
+    limits them, `against` the same contenders in another sweep. `output` is the folder of `results_csv` and `page`;
+    `unwritten` says why they are not there.
     """
 
     sources: list[str]
@@ -64,6 +64,7 @@ class Comparison:
     metric: str
     monitor: Monitor
     tuned_by: str | None
+    aimed_at: str | None
     terms: str
     verdict: str
     findings: list[Finding]
@@ -74,7 +75,14 @@ class Comparison:
 
     @property
     def target(self) -> float:
-        return self.question.target
+        return TARGET if self.question.target is None else self.question.target
+
+    @property
+    def aim(self) -> str:
+        """What reaching the target is, in words: `validation accuracy of 0.9`, `validation loss of 0.1 or less`."""
+        less = self.aimed_at is not None and self.monitor.lower(self.aimed_at)
+        words = metric_words(self.aimed_at or "val/accuracy")
+        return f"{words} of {self.target:g}{' or less' if less else ''}"
 
     @property
     def directory(self) -> Path:
@@ -97,7 +105,7 @@ class Comparison:
         words += ["--by", ",".join(asked.by)] if asked.by is not None else []
         words += ["--tune", ",".join(asked.tune) or "none"] if asked.tune is not None else []
         words += ["--where", *asked.where] if asked.where else []
-        words += ["--target", f"{asked.target:g}"] if asked.target != Question.target else []
+        words += ["--target", f"{asked.target:g}"] if asked.target is not None else []
         words += ["--against", self.against.name] if self.against else []
         words += ["--output", str(self.output)] if self.output != default_output(self.directories) else []
         return shlex.join(words)
@@ -127,7 +135,7 @@ def compare(
     by: str | Sequence[str] | None = None,
     tune: str | Sequence[str] | None = None,
     where: str | Sequence[str] = (),
-    target: float = 0.9,
+    target: float | None = None,
     against: Source | None = None,
     output: Source | None = None,
 ) -> Comparison:
@@ -144,7 +152,7 @@ def compare(
       common seeds, never by a test; `[]` compares all at shared settings. By default those of `optimizer`,
       `scheduler` and `norm`;
     - `where`: filters such as `norm=batch,renorm`, `seed!=3` or `data.batch_size<=16`, all of which runs must satisfy;
-    - `target`: the validation accuracy that "steps to 90 %" asks for;
+    - `target`: the value of what the jobs monitor, as "steps to 90 %" asks for; by default 0.9, of an accuracy alone;
     - `against`: another source, whose contenders are compared with these over common seeds;
     - `output`: where to write. By default into the directory compared; of several, into `comparison` in their common
       parent. Where that cannot be written, nothing is, and `unwritten` says why.
@@ -179,9 +187,10 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
     monitor = monitor_of(read.configs)
     runs = derive(read.runs, read.history, read.configs, question.target, monitor)
     if question.metric is not None and question.metric not in runs:
-        logged = {*map(str, read.history)} - {"directory", "job", "norm", "step", "epoch", "time"}
-        names = ", ".join(sorted(n for n in map(str, runs) if "/" in n or n in logged)) or "none"
-        raise ValueError(f"no run in {shown} has the metric {question.metric!r}; there are: {names}")
+        names = [name for name in map(str, runs) if "/" in name or name in _logged(read)]
+        hint = did_you_mean(question.metric, names)
+        there = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"no run in {shown} has the metric {question.metric!r}; there are: {there}.{hint}")
     metric = question.metric or pick_metric(runs, monitor)
     runs = _judged(runs, metric)
     validation = validation_metric(metric, runs, monitor)
@@ -193,9 +202,8 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
     how = terms(cells, axes)
     tuned_by = validation if axes.tuned else None
     limits = caveats(runs, cells, axes, read.configs, metric, tuned_by, repeats)
-    if question.target != Question.target and not any(cell.reached for cell in cells):
-        limits.append(f"No finished run has reached a validation accuracy of {question.target:g}.")
-    return Comparison(
+    aimed_at = target_metric(read.history, monitor, question.target is not None)
+    comparison = Comparison(
         sources=sources,
         directories=read.directories,
         output=output,
@@ -209,12 +217,25 @@ def analyse(read: Runs, sources: list[str], question: Question, output: Path) ->
         metric=metric,
         monitor=monitor,
         tuned_by=tuned_by,
+        aimed_at=aimed_at,
         terms=how,
         verdict=f"{headline(found, axes, metric, monitor)} {how}".strip(),
         findings=found,
         evidence=evidence,
         caveats=[*left_out, *untuned, *limits, *evidence.notes],
     )
+    if question.target is None or any(cell.reached for cell in cells):
+        return comparison
+    missed = f"No finished run has reached a {comparison.aim}."
+    if aimed_at is None:
+        there = ", ".join(sorted(_logged(read))) or "nothing"
+        missed = f"No run has logged {monitor.metric}, which a target is held against; there is: {there}."
+    return replace(comparison, caveats=[*comparison.caveats, missed])
+
+
+def _logged(read: Runs) -> set[str]:
+    """The metrics of the runs' histories."""
+    return {str(name) for name in read.history} - {"directory", "job", "norm", "step", "epoch", "time"}
 
 
 def _judged(runs: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bnlight.compare.axes import NULL
+
 _LOWER = {
     "loss",
     "error",
@@ -25,7 +27,9 @@ _LOWER = {
     "steps",
 }
 _ACCUMULATE = "trainer.accumulate_grad_batches"
-_NEEDED = ("step", "epoch", "time", "train/loss", "val/loss", "val/accuracy")
+_NEEDED = ("step", "epoch", "time", "train/loss", "val/loss")
+_ACCURACIES = ("val/accuracy", "val_accuracy", "val/acc", "val_acc")
+TARGET = 0.9
 _SECONDS, _NORM_GAP = "train/seconds_per_step", "norm/max_train_eval_gap"
 
 
@@ -62,7 +66,9 @@ def monitor_of(configs: pd.DataFrame) -> Monitor:
     """What the jobs monitor, where they agree."""
 
     def only(key: str) -> Any:
-        values = list(configs[key].dropna().unique()) if key in configs else []
+        values = (
+            [value for value in configs[key].dropna().unique() if value != NULL] if key in configs else []
+        )
         return values[0] if len(values) == 1 else None
 
     metric, mode = only("monitor.metric"), only("monitor.mode")
@@ -78,14 +84,14 @@ def derive(
     runs: pd.DataFrame,
     history: pd.DataFrame,
     configs: pd.DataFrame,
-    target: float,
+    target: float | None = None,
     monitor: Monitor = Monitor(),
 ) -> pd.DataFrame:
     """Add the derived columns to a copy of `runs`; what a run's history does not give is missing.
 
     - `best_val/<name>`: the best value of each `val/` metric: the lowest loss, the highest accuracy; likewise of
       what the jobs monitor;
-    - `steps_to_target`: the first step with `val/accuracy >= target`;
+    - `steps_to_target`: the first step at which `target_metric` is as good as `target` (None: 0.9) or better;
     - `seconds_to_target`: the seconds of training until then, see `training_seconds`;
     - `seconds_per_step`: the median over epochs of `train/seconds_per_step`, the time of one batch. The first epoch
       carries the start (compiling, filling caches), so it is left out where there are others;
@@ -102,7 +108,8 @@ def derive(
     derived = runs.copy()
     names = {name for frame in (runs, history) for name in map(str, frame.columns) if name.startswith("val/")}
     names |= {monitor.metric} & {*runs.columns, *history.columns}
-    seen = _finite(history, runs.index, names)
+    aim = target_metric(history, monitor, asked=target is not None)
+    seen = _finite(history, runs.index, names | ({aim} if aim else set()))
     by_job = _by_job(seen)
     for name in sorted(names):
         best = runs[name].copy() if name in runs else pd.Series(np.nan, index=runs.index)
@@ -111,7 +118,10 @@ def derive(
             best = found.reindex(runs.index).fillna(best)
         derived[f"best_{name}"] = best
     seen["seconds"] = training_seconds(seen, _batches_per_step(runs, configs))
-    first = seen[seen["val/accuracy"] >= target].drop_duplicates("directory").set_index("directory")
+    there = seen[aim] if aim else pd.Series(np.nan, index=seen.index)
+    goal = TARGET if target is None else target
+    hit = there <= goal if aim and monitor.lower(aim) else there >= goal
+    first = seen[hit].drop_duplicates("directory").set_index("directory")
     measured = {
         "steps_to_target": first["step"],
         "seconds_to_target": first["seconds"],
@@ -127,6 +137,15 @@ def derive(
     memory = runs["peak_memory"] if "peak_memory" in runs else pd.Series(np.nan, index=runs.index)
     derived["peak_memory"] = pd.to_numeric(memory, errors="coerce")
     return derived
+
+
+def target_metric(history: pd.DataFrame, monitor: Monitor, asked: bool) -> str | None:
+    """What a target is held against: what the jobs monitor, else a validation accuracy; None where neither was logged.
+
+    A target that nobody `asked` for is a share, and so is held against an accuracy alone.
+    """
+    names = _ACCURACIES if not asked and monitor.metric not in _ACCURACIES else (monitor.metric, *_ACCURACIES)
+    return next((name for name in names if name in history and history[name].notna().any()), None)
 
 
 def training_seconds(history: pd.DataFrame, batches: pd.Series | None = None) -> pd.Series:

@@ -70,7 +70,9 @@ def columns(comparison: Comparison, spread: bool = False) -> list[Column]:
     if any(cell.best_loss.n for cell in cells) and comparison.metric != "best_val/loss":
         result.append(Column("best validation\nloss", [number(cell.best_loss.mean) for cell in cells]))
     if any(cell.reached for cell in cells):
-        result.append(Column(f"steps to\n{comparison.target * 100:g} %", [_steps(c) for c in cells]))
+        share = "acc" in (comparison.aimed_at or "") and 0 <= comparison.target <= 1
+        target = f"{comparison.target * 100:g} %" if share else f"{comparison.aimed_at} {comparison.target:g}"
+        result.append(Column(f"steps to\n{target}", [_steps(c) for c in cells]))
     if any(cell.seconds.n for cell in cells):
         result.append(Column("time per\nstep", [milliseconds(cell.seconds.mean) for cell in cells]))
     return result

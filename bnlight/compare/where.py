@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from bnlight.compare.axes import shown
+from bnlight.compare.axes import NULL, shown
 
 _FILTER = re.compile(r"\s*([^\s<>=!]+)\s*(<=|>=|!=|==|=|<|>)\s*(.*?)\s*")
 _SIGNS: dict[str, Callable[[Any, Any], Any]] = {
@@ -44,10 +44,17 @@ def resolve(name: str, keys: Sequence[str], varying: Sequence[str] = ()) -> str:
                 f"{name!r} could be any of {', '.join(sorted(found))}: write one of them in full"
             )
     tails = {key.rpartition(".")[2]: key for key in keys} | {key: key for key in keys}
-    close = [tails[match] for match in difflib.get_close_matches(asked, tails, n=3)]
-    hint = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+    hint = did_you_mean(asked, tails)
     choices = ", ".join(varying) or "none"
     raise ValueError(f"the runs have no setting {name!r}.{hint} What varies between them: {choices}")
+
+
+def did_you_mean(asked: str, names: Iterable[str] | Mapping[str, str]) -> str:
+    """A sentence with the names that are nearly the one asked for; of a mapping, with what they stand for."""
+    known = names if isinstance(names, Mapping) else {name: name for name in names}
+    plain = {re.sub(r"[\W_]+", "_", name.casefold()): full for name, full in known.items()}
+    close = difflib.get_close_matches(re.sub(r"[\W_]+", "_", asked.casefold()), plain, n=3)
+    return f" Did you mean {' or '.join(dict.fromkeys(plain[name] for name in close))}?" if close else ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Filter:
             numbers = pd.to_numeric(column, errors="coerce")
             return pd.Series(_SIGNS[self.sign](numbers, float(self.values[0])), column.index)
         wanted = {_comparable(value) for value in self.values}
+        wanted |= {"-"} if NULL in wanted else set()
         equal = column.map(lambda value: _comparable(shown(value)) in wanted)
         return ~equal if self.sign == "!=" else equal
 
@@ -102,7 +110,8 @@ def select(
         if not (kept & satisfied).any():
             values = sorted({shown(value) for value in column[kept]})
             listed = ", ".join(values[:12]) + (", ..." if len(values) > 12 else "")
-            raise ValueError(f"no run is left with {one}; {one.key} is one of: {listed}")
+            hint = did_you_mean(one.values[0], values) if one.sign == "=" else ""
+            raise ValueError(f"no run is left with {one}; {one.key} is one of: {listed}{hint and '.'}{hint}")
         kept &= satisfied
     return kept
 
@@ -122,7 +131,7 @@ def _column(key: str, runs: pd.DataFrame, configs: pd.DataFrame, varying: Sequen
 def _comparable(text: str) -> str | float:
     if _is_number(text):
         return float(text)
-    return {"null": "-"}.get(text.casefold(), text.casefold())
+    return text.casefold()
 
 
 def _is_number(text: str) -> bool:

@@ -18,7 +18,14 @@ from bnlight.doctor.case import Case
 from bnlight.doctor.finding import Diagnosis, Finding
 from bnlight.doctor.layers import LAYER_CHECKS
 from bnlight.doctor.look import Look, looking
-from bnlight.doctor.training import class_sorted, decayed_norms, labels_of, labels_of_data, last_batch
+from bnlight.doctor.training import (
+    class_sorted,
+    decayed_norms,
+    labels_of,
+    labels_of_data,
+    last_batch,
+    unconverged,
+)
 from bnlight.norm.paths import unwrapped
 from bnlight.population.observe import Forward
 from bnlight.surgery import unsync_norm
@@ -93,6 +100,7 @@ def examine(
     """All checks of a case, each for itself; a loader's batches are not asked for."""
     checks: list[Callable[[Case], Iterable[Finding]]] = [
         *LAYER_CHECKS,
+        unconverged,
         partial(last_batch, loader=loader),
         partial(decayed_norms, optimizers=optimizers),
         partial(sorted_classes, loader=loader, labels=labels),

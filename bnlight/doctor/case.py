@@ -25,6 +25,8 @@ class Case:
     accumulate: int = 1
     synchronized: bool = False
     """Whether the layers will be, though they are not yet."""
+    batches: int | None = None
+    """How many batches of a rank the training will take; None where that is not known."""
 
     def __post_init__(self) -> None:
         self.paths = {module: path for path, module in named_layers(self.model)}

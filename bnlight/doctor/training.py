@@ -13,6 +13,7 @@ from torch import Tensor
 from bnlight.doctor.case import Case
 from bnlight.doctor.finding import Finding
 from bnlight.norm.batch import BatchStatistics
+from bnlight.population.learned import REMEMBERED, remembered
 
 LABELS = ("label", "labels", "y", "target", "targets")
 SURE = 6.0
@@ -38,6 +39,25 @@ def decayed_norms(case: Case, optimizers: Iterable[torch.optim.Optimizer]) -> It
             tuple(layers),
             f"weight decay ({max(decayed.values()):g}) pulls the norms' weights and biases to 0",
             "Give bnlight.norm_parameters(model) a group of its own with weight_decay=0",
+        )
+
+
+def unconverged(case: Case) -> Iterator[Finding]:
+    """Layers that train by running averages which the training is too short to make the data's."""
+    if not case.batches:
+        return
+    shares = {path: remembered(norm, case.batches) for norm, path in case.batch_norms.items()}
+    layers = [path for path, share in shares.items() if share > REMEMBERED]
+    if layers:
+        enough = math.ceil(100 * (1 - REMEMBERED ** (1 / case.batches))) / 100
+        larger = f", or use larger steps of the averages (norm.momentum={enough:g})" if enough < 1 else ""
+        yield Finding(
+            "unconverged",
+            "warning",
+            tuple(layers),
+            f"these train by running averages, which after the {case.batches} batches of this training will still be "
+            f"{max(shares.values()):.0%} their initial values",
+            f"Train longer{larger}",
         )
 
 

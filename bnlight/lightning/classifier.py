@@ -121,7 +121,7 @@ class Classifier(pl.LightningModule):
         if scheduler is None or (isinstance(scheduler, dict) and not scheduler.get("_target_")):
             return optimizer
         if isinstance(scheduler, dict):
-            scheduler = steps_filled(scheduler, self.trainer)
+            scheduler = scheduler_filled(scheduler, self.trainer, optimizer)
         schedule = {"scheduler": _build(scheduler, optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -176,10 +176,20 @@ def _full(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def steps_filled(scheduler: Config, trainer: pl.Trainer) -> dict[str, Any]:
-    """The scheduler's config with the run's number of optimizer steps where None means all of them."""
+def scheduler_filled(
+    scheduler: Config, trainer: pl.Trainer, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The scheduler's config with what only the run knows.
+
+    The run's number of optimizer steps where None means all of them; and OneCycleLR cycles the momentum only if the
+    optimizer has one, unless the config says otherwise: torch's refuses an optimizer without, and makes 0 to 0.95.
+    """
     steps = int(trainer.estimated_stepping_batches)
-    return {k: steps if v is None and k in STEPS_OF_THE_RUN else v for k, v in scheduler.items()}
+    filled = {k: steps if v is None and k in STEPS_OF_THE_RUN else v for k, v in scheduler.items()}
+    moving = any(group.get("momentum") or "betas" in group for group in optimizer.param_groups)
+    if str(scheduler.get("_target_")).endswith(".OneCycleLR") and not moving:
+        filled.setdefault("cycle_momentum", False)
+    return filled
 
 
 def _build(factory: Any, *args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -106,6 +107,7 @@ class Doctor(pl.Callback):
         devices = trainer.world_size if self.devices is None else self.devices
         accumulate = trainer.accumulate_grad_batches
         self._case = case = Case(pl_module, look, devices, accumulate, self.synchronized)
+        case.batches = self._safely(lambda: _planned(trainer, devices))
         found = self._safely(lambda: list(examine(case, trainer.optimizers, trainer.train_dataloader)))
         self._say([*(found or []), *([] if look is not None else [_COMPILED])])
 
@@ -126,6 +128,14 @@ class Doctor(pl.Callback):
         except Exception as error:
             self.tell(f"doctor: could not look at this training ({type(error).__name__}: {error})")
             return None
+
+
+def _planned(trainer: pl.Trainer, devices: int) -> int | None:
+    """The batches that each of so many ranks will train on; None for a training without an end."""
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        return None
+    return math.ceil(steps * trainer.accumulate_grad_batches * trainer.world_size / devices)
 
 
 _COMPILED = Finding(

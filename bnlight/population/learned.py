@@ -21,14 +21,16 @@ def trains_by_averages(layer: nn.Module) -> bool:
     )
 
 
-def remembered(layer: nn.Module) -> float:
+def remembered(layer: nn.Module, more: int = 0) -> float:
     """Weight of the initial values in the averages that a layer has trained by, `(1 - momentum)**batches`.
+
+    With `more`: that it will have trained by after so many more batches.
 
     0 for one that has not trained, that trains by its batches, or whose averages began as plain ones.
     """
     if not isinstance(layer, BatchRenorm | FullNorm) or not trains_by_averages(layer):
         return 0.0
-    batches = 0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
+    batches = more + (0 if layer.num_batches_tracked is None else int(layer.num_batches_tracked))
     if batches == 0 or layer.momentum is None or layer.counts_batches():
         return 0.0
     return float((1 - layer.momentum) ** batches)

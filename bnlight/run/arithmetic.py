@@ -16,6 +16,14 @@ OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": min,
     "max": max,
@@ -34,23 +42,31 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 def evaluate(*parts: Any) -> int | float:
     """The value of an expression of numbers, `+ - * / // % **`, parentheses, and the functions above.
 
-    Whole numbers stay whole where that is exact: 8 / 4 is 2, 8 / 3 is 2.666..., sqrt(16) is 4.0. An expression
+    Whole numbers stay whole where that is exact: 8 / 4 is 2, 8 / 3 is 2.666..., sqrt(16) is 4.0. One comparison of two
+    such values (`< <= > >= == !=`) is true or false. An expression
     with parentheses or commas is put in quotes: `${bnlight.eval:'sqrt(${data.batch_size}) * 0.1'}`. No code is run.
 
     Raises ValueError for anything else, with the expression as it was after its interpolations.
     """
     text = ", ".join(map(str, parts))  # without quotes, OmegaConf has split it at its commas
     try:
-        value = _value(ast.parse(text.strip(), mode="eval").body)
+        value = _answer(ast.parse(text.strip(), mode="eval").body)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("the result is not finite")
     except (ValueError, ArithmeticError, TypeError, SyntaxError, RecursionError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ValueError(
-            f"bnlight.eval cannot compute '{text}': {reason}. It knows numbers, + - * / // % **, parentheses and "
-            f"{', '.join(FUNCTIONS)}"
+            f"bnlight.eval cannot compute '{text}': {reason}. It knows numbers, + - * / // % **, one < <= > >= == "
+            f"or !=, parentheses and {', '.join(FUNCTIONS)}"
         ) from None
     return value
+
+
+def _answer(node: ast.expr) -> int | float:
+    match node:
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
+            return COMPARISONS[type(op)](_value(left), _value(right))
+    return _value(node)
 
 
 def _value(node: ast.expr) -> int | float:

@@ -110,6 +110,8 @@ def check_command(config: DictConfig, hydra: Any) -> None:
         value = OmegaConf.select(config, key)
         if isinstance(value, str):
             raise CommandError(f"{key}={value}: expected a number")
+    if refused := _wrong_nesterov(config.optimizer):
+        raise CommandError(refused)
     if config.get("fail_fast", False) not in (True, False):
         raise CommandError(f"fail_fast={config.fail_fast}: expected true or false")
     for key in ("time_limit", "stall_limit", "checkpoint_every"):
@@ -138,3 +140,18 @@ def check_command(config: DictConfig, hydra: Any) -> None:
         check_ranks(plain, processes_of(plain))
     except (WrongDevices, WrongRanks) as error:
         raise CommandError(str(error)) from None
+
+
+def _wrong_nesterov(optimizer: DictConfig) -> str:
+    """What torch's SGD says of its arguments, in the words of the command; empty if nothing is wrong."""
+    if optimizer.get("_target_") not in ("torch.optim.SGD", "torch.optim.sgd.SGD") or not optimizer.get(
+        "nesterov"
+    ):
+        return ""
+    momentum, dampening = optimizer.get("momentum") or 0, optimizer.get("dampening") or 0
+    if momentum > 0 and dampening == 0:
+        return ""
+    return (
+        f"optimizer.nesterov=true with momentum={momentum} and dampening={dampening}: Nesterov's step needs a momentum "
+        "above 0 and no dampening. Without optimizer.nesterov=true it is true where there is a momentum"
+    )

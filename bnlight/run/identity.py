@@ -14,6 +14,7 @@ from typing import Any
 import omegaconf
 import yaml
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf, read_write
+from omegaconf.errors import InterpolationToMissingValueError
 
 from bnlight.run.arithmetic import evaluate
 from bnlight.run.groups import NOTHING, without_null
@@ -107,7 +108,14 @@ def _plain(config: DictConfig, key: Any, complete: bool) -> Any:
     value = config[key]
     if not OmegaConf.is_config(value):
         return value
-    return OmegaConf.to_container(value, resolve=True, throw_on_missing=complete)
+    try:
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=complete)
+    except InterpolationToMissingValueError:
+        if complete:
+            raise
+        return OmegaConf.to_container(
+            value, resolve=False
+        )  # what follows from a value that is yet to be chosen
 
 
 def _leave_out_what_is_off(config: dict[str, Any]) -> None:
@@ -132,7 +140,10 @@ def typed(hydra: DictConfig) -> list[str]:
 def choices(config: DictConfig, hydra: DictConfig) -> dict[str, str]:
     """The option chosen in each config group; a custom option is called after its class."""
     chosen = {}
-    for group, option in hydra.runtime.choices.items():
+    options = dict(hydra.runtime.choices.items())
+    if options.get("callbacks") is None and config.get("callbacks") is not None:  # Hydra forgets a list
+        options["callbacks"] = _callbacks(config, typed(hydra))
+    for group, option in options.items():
         if group in NOTHING and config.get(group) is None:
             option = NOTHING[group]
         if "/" in group or option is None:
@@ -140,6 +151,13 @@ def choices(config: DictConfig, hydra: DictConfig) -> dict[str, str]:
         target = OmegaConf.select(config, f"{group}._target_")
         chosen[group] = target.rsplit(".", 1)[-1] if option == "custom" and target else option
     return chosen
+
+
+def _callbacks(config: DictConfig, given: list[str]) -> str:
+    """What a list of options is called: its names as they were typed, else those of the callbacks that it gives."""
+    lists = [found[1] for text in given if (found := re.fullmatch(r"\+*callbacks=\[(.*)\]", text))]
+    names = lists[-1].split(",") if lists else [str(name) for name in config.get("callbacks") or ()]
+    return "+".join(name.strip(" '\"") for name in names) or NOTHING["callbacks"]
 
 
 def job_name(config: DictConfig, hydra: DictConfig) -> str:

@@ -23,7 +23,7 @@ from bnlight.lightning.build import (
     refuse_needed_norm,
     takes_no_norm,
 )
-from bnlight.lightning.classifier import Classifier, steps_filled
+from bnlight.lightning.classifier import Classifier, scheduler_filled
 from bnlight.lightning.replace import replace_norms
 from bnlight.norm import NORMS
 from bnlight.run.effect import refuse_idle_keys, typed
@@ -133,7 +133,7 @@ class Schedule:
         self.module: Any = None
 
     def __call__(self, optimizer: torch.optim.Optimizer) -> Any:
-        return instantiate(steps_filled(self.config, self.module.trainer))(optimizer)
+        return instantiate(scheduler_filled(self.config, self.module.trainer, optimizer))(optimizer)
 
 
 def _plain(kind: type) -> dict[str, Any]:

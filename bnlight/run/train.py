@@ -216,9 +216,21 @@ def _test(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[st
             callback._average_model = None
     # Lightning's sampler would repeat samples until all ranks have as many; so each rank tests by all of them.
     trainer._accelerator_connector.use_distributed_sampler = False
-    with _stoppable(trainer):
+    with _stoppable(trainer), _in_the_last_epoch(trainer):
         trainer.test(module, datamodule=data, ckpt_path=_best(trainer) or None, verbose=False)
     return _metrics(trainer)
+
+
+@contextlib.contextmanager
+def _in_the_last_epoch(trainer: pl.Trainer) -> Iterator[None]:
+    """Within it `current_epoch` is the epoch trained last; after the training Lightning counts one more."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    trained = progress.completed
+    progress.completed = max(0, trained - 1)
+    try:
+        yield
+    finally:
+        progress.completed = trained
 
 
 def _metrics_of_the_best(trainer: pl.Trainer, metric: str | None) -> dict[str, float]:

@@ -108,7 +108,7 @@ def _stability(comparison: Comparison) -> str:
         "Over all runs of a contender, at every setting tried; roughness is how much a training curve jumps. Over "
         "those at the chosen setting: the train-eval gap, how much better a run is on its training data than on the "
         f"data it is judged by; {norms if 'norm gap' in gaps else ''}when the median run reaches the target, a "
-        f"validation accuracy of {comparison.target:g}."
+        f"{comparison.aim}."
     )
     table = grid("stability", "Stability", heads, rows)
     return f'<h2>Stability</h2>\n<p class="soft">{text(note)}</p>\n{table}\n'

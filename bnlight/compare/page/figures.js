@@ -50,7 +50,7 @@ function logAxis(low, high) {
 
 // The axis of a setting: its own values as ticks, by factors where they are spaced so.
 function settingAxis({ label, levels, log }) {
-  const ticks = levels.filter(level => level !== "-").map(Number);
+  const ticks = levels.filter(level => !unset(level)).map(Number);
   const few = ticks.length <= 12 ? { tickvals: ticks, ticktext: ticks.map(short) } : {};
   return axisLayout(safe(label), { ...(log ? { type: "log" } : {}), ...few });
 }

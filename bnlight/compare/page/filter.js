@@ -101,7 +101,7 @@ function tellFilter() {
   note.hidden = !filtering();
   if (note.hidden) return note.replaceChildren();
   const quoted = text => /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'"'"'`)}'`;
-  const asked = where().map(([key, levels]) => `${key}=${levels.map(level => level === "-" ? "null" : level).join(",")}`);
+  const asked = where().map(([key, levels]) => `${key}=${levels.join(",")}`);
   const command = [data.command, "--where", ...[...data.where, ...asked].map(quoted)].join(" ");
   note.replaceChildren(
     element("p", {}, element("strong", {}, `Filter on: ${kept.filter(Boolean).length} of ${kept.length} runs. `),

@@ -46,6 +46,9 @@ function median(values) {
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 }
 
+// Whether a run has no such setting, or it is null.
+const unset = level => level === "-" || level === "null";
+
 // About four digits, as everywhere in a comparison; "-" for a missing number.
 const number = value => Number.isFinite(value) ? value.toFixed(decimals(value)) : "-";
 

@@ -73,8 +73,8 @@ def table_of_cells(comparison: Comparison) -> str:
     note = "Means over the n seeds that are done; ± is the half-width of the 95 % interval."
     if any(column.kind == "steps" for column in described):
         note += (
-            " Steps: the median number of optimizer steps until the validation accuracy is "
-            f"{comparison.target:g} or more, and how many of the runs got there."
+            " Steps: the median number of optimizer steps until a "
+            f"{comparison.aim} is reached, and how many of the runs got there."
         )
     toggles = _toggle("more", "Spread, median and worst seed")
     if is_tuned(cells):

@@ -1,7 +1,7 @@
 // Figures over several settings at once: maps and parallel coordinates.
 
 const hasResult = run => isDone(run) && Number.isFinite(valueOf(run, data.metric));
-const given = levels => levels.filter(level => level !== "-");
+const given = levels => levels.filter(level => !unset(level));
 
 // Of one contender the done runs at each pair of levels, as rows of columns; null where there are none at all.
 function fieldsOf(contender, x, y) {
@@ -86,7 +86,7 @@ draw.parallel = () => {
     const { name, colour, symbol } = look(contender), x = [], y = [], customdata = [];
     for (const run of members) {
       const shift = ((run * 7919) % 101 / 101 - 0.5) * 0.035;  // runs with the same settings lie side by side
-      const levels = data.cells[runs.cell[run]].settings.map((level, at) => level === "-" ? null : heights[at](level) + shift);
+      const levels = data.cells[runs.cell[run]].settings.map((level, at) => unset(level) ? null : heights[at](level) + shift);
       x.push(...levels.map((_, at) => at), count, null);
       y.push(...levels, spread(valueOf(run, data.metric), low, high), null);
       customdata.push(...Array(count + 1).fill(String(run)), null);

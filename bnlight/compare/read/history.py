@@ -54,7 +54,11 @@ def read_histories(runs: Sequence[Run]) -> pd.DataFrame:
     if "attempt" in history:
         history = history.sort_values("attempt", kind="stable", na_position="first").drop(columns="attempt")
     # `last` takes the last value that is not missing, column by column.
-    return history.groupby([*KEYS], sort=True, dropna=False).last().reset_index()
+    steps = history.groupby([*KEYS], sort=True, dropna=False)
+    table = steps.last()
+    if "epoch" in table:  # a step belongs to one, and a test after the training may have written the next
+        table["epoch"] = steps["epoch"].min()
+    return table.reset_index()
 
 
 def _parsed(header: str, bodies: Sequence[tuple[int, str]], runs: Sequence[Run]) -> pd.DataFrame | None:

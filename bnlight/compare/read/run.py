@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bnlight.compare.axes import NULL, describes
 from bnlight.run.unused import divided
 
 STATES = ("done", "running", "failed", "diverged", "preempted", "interrupted", "unknown", "duplicate")
@@ -77,7 +78,10 @@ def row_of(
 
 
 def flatten(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's leaves as `section.key`, its group choices as `group`; lists are one leaf, as JSON."""
+    """The config's leaves as `section.key`, its group choices as `group`; lists are one leaf, as JSON.
+
+    A setting that is null is `null`: a missing value stands for a key that there is not.
+    """
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
@@ -87,7 +91,7 @@ def flatten(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]
         elif isinstance(value, (dict, list)):
             flat[prefix] = json.dumps(value, sort_keys=True, default=str)
         else:
-            flat[prefix] = value
+            flat[prefix] = NULL if value is None and describes(prefix) else value
 
     visit("", {key: value for key, value in config.items() if key != "job"})
     choices = mapping(mapping(config.get("job")).get("choices"))
