@@ -1,1 +1,5 @@
-"""Hydra config groups, shipped as ``bnlight.conf``."""
+"""Hydra config groups, shipped as ``bnlight.conf``; whoever opens them has the resolver that they use."""
+
+from bnlight.run import arithmetic
+
+arithmetic.register()

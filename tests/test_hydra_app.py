@@ -18,7 +18,7 @@ def app(cfg):
     from bnlight.surgery import replace_norm
     norm = instantiate(cfg.norm)
     layer = norm(8)
-    print(type(layer).__module__, type(layer).__name__, cfg.weight._target_, cfg.sync._target_, cfg.size)
+    print(type(layer).__module__, type(layer).__name__, cfg.weight._target_, cfg.sync._target_, cfg.optimizer.nesterov, cfg.size)
 
 app()
 """
@@ -36,6 +36,7 @@ defaults:
   - norm: {norm}
   - weight: weight_standardization
   - sync: none
+  - optimizer: sgd
   - _self_
 {searchpath}
 size: 3
@@ -61,7 +62,7 @@ def test_an_application_chooses_among_the_groups(project: Path, way: str) -> Non
     (conf / "app.yaml").write_text(PRIMARY.format(norm="renorm", searchpath=searchpath))
     (conf / "norm" / "batch.yaml").write_text(OWN)
     (project / "app.py").write_text(APP.format(imports=WAYS[way]))
-    assert run(project) == "bnlight.norm.renorm BatchRenorm bnlight.norm.weight_standardization None 3"
+    assert run(project) == "bnlight.norm.renorm BatchRenorm bnlight.norm.weight_standardization None True 3"
     assert run(project, "norm=group").startswith("bnlight.norm.sample GroupNorm")
     assert run(project, "norm=batch").startswith("torch.nn.modules.batchnorm BatchNorm1d")  # its own
 

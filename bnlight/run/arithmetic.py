@@ -8,6 +8,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import omegaconf
+from omegaconf import OmegaConf
+
 MOST_DIGITS = 300  # of a power's whole number
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -108,3 +111,15 @@ def _power(base: int | float, exponent: int | float) -> int | float:
         raise ValueError("a root of a negative number")
     whole: int | float = result
     return whole
+
+
+def register() -> None:
+    """Make `${bnlight.eval:2 * 3}` known to OmegaConf."""
+    add_resolver("bnlight.eval", evaluate)
+
+
+def add_resolver(name: str, function: Callable[..., Any]) -> None:
+    """OmegaConf 2.4 has another name for its function for this."""
+    renamed = omegaconf.__version__ >= "2.4"
+    add: Any = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
+    add(name, function, replace=True)

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import omegaconf
 import yaml
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf, read_write
 from omegaconf.errors import InterpolationToMissingValueError
 
-from bnlight.run.arithmetic import evaluate
+from bnlight.run import arithmetic
 from bnlight.run.groups import NOTHING, without_null
 from bnlight.run.unused import is_own, likely
 from bnlight.run.weights import fingerprint
@@ -184,7 +183,5 @@ def _job_name_of_root(_root_: Any) -> str:
 
 def register() -> None:
     """Make `${bnlight.job:}` (the job's name) and `${bnlight.eval:2 * 3}` known to OmegaConf."""
-    renamed = omegaconf.__version__ >= "2.4"
-    add: Any = OmegaConf.register_resolver if renamed else OmegaConf.register_new_resolver
-    add("bnlight.job", _job_name_of_root, replace=True)
-    add("bnlight.eval", evaluate, replace=True)
+    arithmetic.add_resolver("bnlight.job", _job_name_of_root)
+    arithmetic.register()
