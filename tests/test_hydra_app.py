@@ -18,7 +18,8 @@ def app(cfg):
     from bnlight.surgery import replace_norm
     norm = instantiate(cfg.norm)
     layer = norm(8)
-    print(type(layer).__module__, type(layer).__name__, cfg.weight._target_, cfg.sync._target_, cfg.optimizer.nesterov, cfg.size)
+    chosen = cfg.weight._target_, cfg.sync._target_, cfg.optimizer.nesterov, cfg.size
+    print(type(layer).__module__, type(layer).__name__, *chosen)
 
 app()
 """
