@@ -199,3 +199,14 @@ def test_all_ranks_skip_what_one_of_them_has(tmp_path):
                 for key, average in mine.items():
                     assert average.isfinite().all()
                     assert torch.equal(average, theirs[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_norm_keeps_the_gradients_of_a_skipped_batch_out_of_their_averages(dtype):
+    layer = FullNorm(CHANNELS, dtype=dtype)
+    train(layer, batch(0, dtype))
+    before = [average.clone() for average in (layer.mean_grad, layer.var_grad)]
+    layer(spoiled(batch(1, dtype), torch.finfo(dtype).max / 4).requires_grad_()).sum().backward()
+    assert layer.skipped_batches == 1
+    assert torch.equal(layer.mean_grad, before[0])
+    assert torch.equal(layer.var_grad, before[1])
