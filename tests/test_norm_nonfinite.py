@@ -11,7 +11,7 @@ from norm_table import CHANNELS, ROWS
 from ranks import start
 from torch import Tensor, nn
 
-from bnlight import pool_statistics
+from bnlight import pool_statistics, precise_statistics
 from bnlight.norm import BatchNorm, BatchRenorm, FullNorm
 from bnlight.norm.batch import BatchStatistics
 
@@ -199,3 +199,23 @@ def test_all_ranks_skip_what_one_of_them_has(tmp_path):
                 for key, average in mine.items():
                     assert average.isfinite().all()
                     assert torch.equal(average, theirs[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_norm_keeps_the_gradients_of_a_skipped_batch_out_of_their_averages(dtype):
+    layer = FullNorm(CHANNELS, dtype=dtype)
+    train(layer, batch(0, dtype))
+    before = [average.clone() for average in (layer.mean_grad, layer.var_grad)]
+    layer(spoiled(batch(1, dtype), torch.finfo(dtype).max / 4).requires_grad_()).sum().backward()
+    assert layer.skipped_batches == 1
+    assert torch.equal(layer.mean_grad, before[0])
+    assert torch.equal(layer.var_grad, before[1])
+
+
+def test_precise_statistics_leave_out_a_batch_that_is_not_finite_and_warn():
+    mine, twin = BatchNorm(CHANNELS), BatchNorm(CHANNELS)
+    good = [batch(seed, torch.float32) for seed in range(2)]
+    precise_statistics(twin, good)
+    with pytest.warns(UserWarning, match=r"left out at '' \(1\)"):
+        precise_statistics(mine, [good[0], spoiled(batch(2, torch.float32), math.nan), good[1]])
+    assert_equal(mine, twin)

@@ -22,7 +22,8 @@ def reads_values(x: Tensor) -> bool:
     return x.is_cpu and can_read_values() and torch._C._len_torch_dispatch_stack() == 0
 
 
-def _finite(mean: Tensor, spread: Tensor) -> Tensor:
+def finite(mean: Tensor, spread: Tensor) -> Tensor:
+    """Whether a batch with this mean and variance may move averages."""
     return torch.maximum(mean.abs(), spread).amax() < math.inf
 
 
@@ -111,10 +112,10 @@ class RunningAverages(Norm):
     ) -> tuple[Tensor, Tensor, float | Tensor] | None:
         """The step of the averages if the batch is finite; else none, and the batch no longer counts."""
         if not reads_values(mean):
-            finite = _finite(mean, spread)
-            self._count_batch(finite.long() - 1)
-            return torch.where(finite, mean, 0), torch.where(finite, spread, 0), rate * finite.to(mean.dtype)
-        if math.isfinite(mean.dot(spread).item()) or bool(_finite(mean, spread)):  # the product may overflow
+            moves = finite(mean, spread)
+            self._count_batch(moves.long() - 1)
+            return torch.where(moves, mean, 0), torch.where(moves, spread, 0), rate * moves.to(mean.dtype)
+        if math.isfinite(mean.dot(spread).item()) or bool(finite(mean, spread)):  # the product may overflow
             return mean, spread, rate
         self._count_batch(-1)
         self.skipped_batches += 1
@@ -129,12 +130,12 @@ class RunningAverages(Norm):
             return
         own: list[Tensor] = [self._buffers[name] for name in ("running_mean", "running_var")]  # type: ignore[misc]
         old, new = torch.cat(own) if before is None else before, torch.cat((mean, var))
-        finite = (new.isfinite() | ~old.isfinite()).all()
-        for average, right in zip(own, torch.where(finite, new, old).chunk(2), strict=True):
+        stays = (new.isfinite() | ~old.isfinite()).all()
+        for average, right in zip(own, torch.where(stays, new, old).chunk(2), strict=True):
             # A backward may hold the averages themselves, at this version.
             (average if before is None else average.data).copy_(right)
-        self._count_batch(finite.long() - 1)
-        if before is not None and not bool(finite):
+        self._count_batch(stays.long() - 1)
+        if before is not None and not bool(stays):
             self.skipped_batches += 1
 
     def _count_batch(self, number: Tensor | int) -> None:

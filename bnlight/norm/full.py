@@ -6,6 +6,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from bnlight.norm.averages import finite
 from bnlight.norm.base import Shared, new_statistic
 from bnlight.norm.batch import BatchStatistics
 from bnlight.norm.core import Moments, Plan, WayBack, converted, follow, snapshot, transforming
@@ -30,8 +31,8 @@ class FullNorm(BatchStatistics):
     The averages must follow the weights: with 0.05 and a large learning rate training can diverge, where 0.1
     does not. They take the loss to be a mean over the batch, so that its gradients do not grow with it. A loss that is
     multiplied by a number, as gradient scaling does, has averages that are multiplied too, and lag behind when
-    it changes; gradients that are not finite leave them alone. Synchronized, they are of the sum of the ranks'
-    losses.
+    it changes; gradients that are not finite, or of a batch that is not, leave them alone. Synchronized, they are
+    of the sum of the ranks' losses.
 
     Args:
         num_features: number of channels C.
@@ -72,6 +73,8 @@ class FullNorm(BatchStatistics):
             share = 1 / number.clamp(min=1)
         else:
             share = mean.new_full((), 1 / max(1, number))
+        # What moves no average is no part of the statistics, and its gradients are none of theirs.
+        share = share * finite(batch.mean, batch.var)
         return Plan(mean.clone(), var.clone(), share)
 
     def spread(self, batch: Moments) -> Tensor:
@@ -93,9 +96,8 @@ class FullNorm(BatchStatistics):
                 "vmap and grad, or evaluate"
             )
         averages = (self.mean_grad, self.var_grad)
-        rate = self.rate()
-        if plan.share is not None and plan.share.dim() > 0:  # of a masked batch, maybe without a value
-            rate = rate * (plan.share > 0).to(self.mean_grad.dtype)
+        assert plan.share is not None
+        rate = self.rate() * (plan.share > 0).to(self.mean_grad.dtype)  # a masked channel may have no value
         return partial(_follow_gradients, averages, rate, super().way_back(plan))
 
 
@@ -108,9 +110,9 @@ def _follow_gradients(
 ) -> tuple[Tensor, Tensor]:
     if over_ranks is not None:
         dmean, dvar = over_ranks(dmean, dvar)
-    kind, finite = dmean.dtype, (dmean + dvar).isfinite().all()
+    kind, usable = dmean.dtype, (dmean + dvar).isfinite().all()
     for average, gradient in zip(averages, (dmean, dvar), strict=True):
         # A loss scale that overflows must not stay in the averages.
-        follow(average, torch.where(finite, converted(gradient, average.dtype), average), rate)
+        follow(average, torch.where(usable, converted(gradient, average.dtype), average), rate)
     mean_grad, var_grad = map(snapshot, averages) if torch.compiler.is_compiling() else averages
     return converted(mean_grad, kind), converted(var_grad, kind)

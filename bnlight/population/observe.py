@@ -35,7 +35,7 @@ class Pool:
         kind = torch.float32 if like.device.type == "mps" else torch.float64
         self.shape = like.shape
         self.mean = self.var = self.number = torch.zeros(like.numel(), dtype=kind, device=like.device)
-        self.samples = self.mean.new_zeros(())
+        self.samples = self.skipped = self.mean.new_zeros(())
 
     def running(self, name: str) -> Tensor:
         """The layer's buffer."""
@@ -55,14 +55,17 @@ class Pool:
         return Moments(self.mean, self.var, self.number, self.samples)
 
     def add(self, batch: Moments, used: Tensor | None = None) -> None:
-        """Count the values of a batch, of those of its groups that are used."""
+        """Count the values of a batch, of those of its groups that are used; none of one that is not finite."""
         if batch.mean.size(-1) != len(self.mean):
             self._start()  # a layer with statistics per position learns their number from its first batch
         number = torch.as_tensor(batch.number, device=batch.mean.device).expand_as(batch.mean)
-        samples = torch.as_tensor(batch.samples, device=self.mean.device)
+        finite = (batch.mean + batch.var).isfinite().all()
+        self.skipped = self.skipped + ~finite
+        samples = torch.as_tensor(batch.samples, device=self.mean.device) * finite
         groups = batch.mean.numel() // batch.mean.size(-1) if samples.dim() == 0 else 1
         self.samples = self.samples + samples.sum() * groups
-        new = (batch.mean, batch.var, number if used is None else number * used)
+        mean, var = (torch.where(finite, values, 0) for values in batch[:2])
+        new = (mean, var, finite * (number if used is None else number * used))
         old = (self.mean, self.var, self.number)
         rows = [torch.cat([o[None], n.reshape(-1, len(o))]) for o, n in zip(old, new, strict=True)]
         self.mean, self.var, self.number = merged(*rows)
@@ -182,7 +185,14 @@ def _input(name: str, model: nn.Module, batch: Any) -> Tensor:
 
 
 def warn_of_missed(name: str, pools: list[Pool], stacklevel: int = 3) -> None:
-    """Name the layers whose pools have no values, to the caller of the public function `name`."""
+    """Name the layers whose pools have no values, or not all, to the caller of the public function `name`."""
+    spoiled = [f"'{pool.path}' ({int(pool.skipped)})" for pool in pools if pool.skipped > 0]
+    if spoiled:
+        warnings.warn(
+            f"{name}: batches with an infinite or NaN mean or variance were left out at {', '.join(spoiled)}; look "
+            "for such values in the data, or for a network that overflows",
+            stacklevel=stacklevel,
+        )
     missed = [f"'{pool.path}'" for pool in pools if not pool.reached]
     if missed:
         warnings.warn(

@@ -50,9 +50,10 @@ def precise_statistics(
         forward: called as `forward(model, batch)` instead, for batches of any kind.
 
     Raises ValueError if there are no batches on any rank, TypeError for batches that need a `forward`. Warns of
-    layers that no batch has reached, and of a model whose norms are all frozen; they stay as they are. Warns
-    (UnconvergedAverages) of BatchRenorm and FullNorm layers whose averages still remember their initial values:
-    by those the network has learned, so evaluate it by them.
+    layers that no batch has reached, and of a model whose norms are all frozen; they stay as they are. Warns of
+    batches that are not finite at a layer, which are left out there. Warns (UnconvergedAverages) of BatchRenorm and
+    FullNorm layers whose averages still remember their initial values: by those the network has learned, so
+    evaluate it by them.
 
     Source: Wu and Johnson 2021 (arXiv 2105.07576), section 3; on dropout: Li et al. 2019 (arXiv 1801.05134).
 
