@@ -116,19 +116,19 @@ def test_maps_and_divergence_are_what_pandas_computes(browser, tmp_path):
 
 
 def test_lines_over_a_contending_setting_can_be_told_apart(browser, tmp_path):
-    for norm in ("batch", "renorm"):
+    for momentum in (0.5, 0.9):
         for size in (4, 8):
-            write_job(tmp_path, norm=norm, settings={"norm.virtual_batch_size": size})
-    tab = browser.open(compare(tmp_path, by=["norm", "virtual_batch_size"]).page.as_uri())
+            write_job(tmp_path, settings={"optimizer.momentum": momentum, "optimizer.dampening": size})
+    tab = browser.open(compare(tmp_path, by=["momentum", "dampening"]).page.as_uri())
     draw_all(tab)
     drawn = tab.run("document.querySelector('.chart').data")
-    assert [each["name"] for each in drawn] == ["norm = batch", "norm = renorm"]
+    assert [each["name"] for each in drawn] == ["dampening = 4", "dampening = 8"]
     for part in ("line", "marker"):
         assert drawn[0][part]["color"] != drawn[1][part]["color"]
     named = tab.run(
         "[...document.querySelectorAll('figure:first-of-type .legendtext')].map(each => each.textContent)"
     )
-    assert named[:2] == ["norm = batch", "norm = renorm"]
+    assert named[:2] == ["dampening = 4", "dampening = 8"]
     assert tab.problems == []
     tab.close()
 
