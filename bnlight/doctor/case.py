@@ -27,6 +27,10 @@ class Case:
     """Whether the layers will be, though they are not yet."""
     batches: int | None = None
     """How many batches of a rank the training will take; None where that is not known."""
+    estimated: bool = False
+    """Whether the averages are replaced by statistics of the data before each evaluation (`PreciseStatistics`)."""
+    merged: bool = False
+    """Whether the ranks' averages are merged before each evaluation (`ReduceStatistics`, `PreciseStatistics`)."""
 
     def __post_init__(self) -> None:
         self.paths = {module: path for path, module in named_layers(self.model)}

@@ -96,14 +96,16 @@ def accumulation(case: Case) -> Iterator[Finding]:
 def local_statistics(case: Case) -> Iterator[Finding]:
     """Several ranks, each with statistics of its own."""
     local = [path for norm, path in case.batch_norms.items() if not case.is_synchronized(norm)]
+    own = not case.merged
     if case.devices > 1 and local:
         yield Finding(
             "local_statistics",
             "note",
             tuple(local),
-            f"each of the {case.devices} ranks normalizes by its own batch and keeps its own running averages",
-            "sync=world (bnlight.NormSync) takes statistics over all ranks; bnlight.callbacks.ReduceStatistics "
-            "merges the averages",
+            f"each of the {case.devices} ranks normalizes by its own batch"
+            + own * " and keeps its own running averages",
+            "sync=world (bnlight.NormSync) takes statistics over all ranks"
+            + own * "; 'callbacks=[default,reduce_statistics]' (ReduceStatistics) merges the averages",
         )
 
 
@@ -151,9 +153,8 @@ def dropout_before(case: Case) -> Iterator[Finding]:
     look = case.look
     pairs = [(look.paths[norm], dropout) for norm, dropout in look.dropped.items()]
     first = pairs[0][1]
-    again = not any(
-        isinstance(norm, BatchRenorm | FullNorm) for norm in look.dropped
-    )  # they learn with theirs
+    learned = any(isinstance(norm, BatchRenorm | FullNorm) for norm in look.dropped)  # with their averages
+    again = not learned and not case.estimated
     yield Finding(
         "dropout_before",
         "warning",
@@ -161,7 +162,8 @@ def dropout_before(case: Case) -> Iterator[Finding]:
         f"dropout ({look.paths[first]}, p={first.p}) comes before batch statistics: in evaluation the variance is "
         "smaller than the running average",
         "Put dropout behind the last batch norm"
-        + again * ", or take the statistics again afterwards (bnlight.precise_statistics)",
+        + again
+        * ", or take the statistics again: 'callbacks=[default,precise_statistics]' (bnlight.precise_statistics)",
     )
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from bnlight.doctor import BATCHES, Case, Diagnosis, Finding, Look, examine, sorted_classes
 from bnlight.doctor.training import labels_of
+from bnlight.lightning.precise import PreciseStatistics
+from bnlight.lightning.statistics import ReduceStatistics
 
 LINES = 5
 
@@ -107,6 +109,9 @@ class Doctor(pl.Callback):
         devices = trainer.world_size if self.devices is None else self.devices
         accumulate = trainer.accumulate_grad_batches
         self._case = case = Case(pl_module, look, devices, accumulate, self.synchronized)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        case.estimated = any(isinstance(each, PreciseStatistics) for each in callbacks)
+        case.merged = case.estimated or any(isinstance(each, ReduceStatistics) for each in callbacks)
         case.batches = self._safely(lambda: _planned(trainer, devices))
         found = self._safely(lambda: list(examine(case, trainer.optimizers, trainer.train_dataloader)))
         self._say([*(found or []), *([] if look is not None else [_COMPILED])])
