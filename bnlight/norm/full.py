@@ -89,14 +89,15 @@ class FullNorm(BatchStatistics):
         # The average of x**2, less the square of the new mean, without a difference of large numbers.
         follow(running_var, torch.addcmul(spread, before, mean - running_mean), rate)
 
-    def way_back(self, plan: Plan) -> WayBack:
+    def way_back(self, plan: Plan) -> WayBack | None:
         if transforming():
             raise RuntimeError(
                 f"{self}: training moves averages in the backward, which torch.func cannot do; call it outside of "
                 "vmap and grad, or evaluate"
             )
+        if plan.share is None:  # statistics that are given, not its averages
+            return super().way_back(plan)
         averages = (self.mean_grad, self.var_grad)
-        assert plan.share is not None
         rate = self.rate() * (plan.share > 0).to(self.mean_grad.dtype)  # a masked channel may have no value
         return partial(_follow_gradients, averages, rate, super().way_back(plan))
 
