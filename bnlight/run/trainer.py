@@ -101,6 +101,7 @@ def _tried(target: str, asked: str) -> str | None:
     """A Trainer with these arguments, on one CPU: what speaks against it."""
     import logging
 
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from pytorch_lightning.strategies import StrategyRegistry
 
     from bnlight.lightning.build import arguments, instantiate
@@ -131,6 +132,7 @@ def _tried(target: str, asked: str) -> str | None:
                 },
                 logger=False,
                 enable_checkpointing=False,
+                plugins=[LightningEnvironment()],  # SLURM's variables are not for this one
             )
     except Exception as error:  # whatever Lightning has against them
         return f"trainer: {' '.join(f'{key}={value}' for key, value in given.items())}: {error}"
