@@ -100,6 +100,23 @@ def test_results_and_gradients_are_the_formulas_whatever_the_strides_are(name, t
     assert not wrong, f"{len(wrong)}, the first: {wrong[:5]}"
 
 
+@pytest.mark.parametrize("name", ["batch", "rms"])
+def test_compiled_layers_have_the_gradient_of_their_formula_whatever_the_strides_are(name):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn((3, CHANNELS, 1, 4), generator=generator, dtype=torch.float64) for _ in range(2))
+    y, *gradients = step(ROWS[name], True, True, x, dy, {})
+    torch._dynamo.reset()
+    layer = torch.compile(ROWS[name].make(x.dtype), backend="eager")
+    for z, dz in [(each, dy) for each in layouts(x)] + [(x, each) for each in layouts(dy)]:
+        layer.zero_grad()
+        z = z.detach().requires_grad_()
+        found = layer(z)
+        found.backward(dz)
+        torch.testing.assert_close(
+            [found.detach(), z.grad, *(p.grad for p in layer.parameters())], [y, *gradients]
+        )
+
+
 def test_a_norm_before_attention_and_before_a_recurrent_net_has_the_gradient_of_its_formula():
     torch.manual_seed(0)
     attention, lstm = nn.MultiheadAttention(16, 2, batch_first=True), nn.LSTM(16, 4)

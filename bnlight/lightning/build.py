@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 from collections.abc import Collection, Mapping
@@ -22,9 +23,11 @@ def instantiate(config: Config, *args: Any, **kwargs: Any) -> Any:
     """
     from hydra import utils
     from hydra.errors import InstantiationException
+    from omegaconf import OmegaConf
 
     parts = _literal(_watched(config) if factory.current else config)
-    plan = {**parts, "_convert_": "all", **({"_partial_": True} if kwargs else {})}
+    how = {"_convert_": "all", **({"_partial_": True} if kwargs else {})}
+    plan = OmegaConf.create({**parts, **how}, flags={"allow_objects": True})
     trust = {"_execution_whitelist_": whitelist} if (whitelist := any_target()) else {}
     try:
         built = utils.instantiate(plan, *args, **trust)
@@ -58,9 +61,25 @@ def _literal(value: Any) -> Any:
         return {key: _literal(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_literal(item) for item in value]
-    return (
-        literal(literal(value)) if isinstance(value, str) else value
-    )  # Hydra resolves it, and then its values
+    if isinstance(value, str) and "${" in value:
+        return functools.reduce(lambda text, _: literal(text), range(_resolutions()), value)
+    return value
+
+
+@functools.cache
+def _resolutions() -> int:
+    """How many times Hydra resolves what it instantiates: a value and then the result, once since Hydra 1.4."""
+    from hydra import utils
+    from omegaconf.errors import InterpolationResolutionError
+
+    trust = {"_execution_whitelist_": whitelist} if (whitelist := any_target()) else {}
+    try:
+        utils.instantiate(
+            {"_target_": "builtins.dict", "text": literal("${text}"), "_convert_": "all"}, **trust
+        )
+    except InterpolationResolutionError:
+        return 2
+    return 1
 
 
 def literal(text: str) -> str:

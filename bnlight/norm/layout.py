@@ -28,7 +28,7 @@ def in_few_axes(x: Tensor) -> Tensor:
     it: if they guess differently for a batch and its gradient, the derivatives are wrong. With fewer axes there
     is one layout. It is a view, and so is `in_all_axes`, which the gradient comes back through.
     """
-    if x.dim() < 4 or 1 not in x.shape or torch.compiler.is_compiling():
+    if x.dim() < 4 or 1 not in x.shape:
         return x
     layout = memory_layout(x)
     if layout is None:

@@ -42,7 +42,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def evaluate(*parts: Any) -> int | float:
+def evaluate(*parts: Any) -> bool | int | float:
     """The value of an expression of numbers, `+ - * / // % **`, parentheses, and the functions above.
 
     Whole numbers stay whole where that is exact: 8 / 4 is 2, 8 / 3 is 2.666..., sqrt(16) is 4.0. One comparison of two
@@ -65,7 +65,7 @@ def evaluate(*parts: Any) -> int | float:
     return value
 
 
-def _answer(node: ast.expr) -> int | float:
+def _answer(node: ast.expr) -> bool | int | float:
     match node:
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
             return COMPARISONS[type(op)](_value(left), _value(right))

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from bnlight.run.duration import duration as duration
 from bnlight.run.groups import as_option
@@ -68,8 +68,9 @@ class SweepProgress(Callback):
         global current
         read_once()
         if params := config.hydra.sweeper.get("params"):
-            for key, value in params.items():
-                params[key] = as_option(f"{key}={value}").partition("=")[2]
+            with read_write(config.hydra):
+                for key, value in params.items():
+                    params[key] = as_option(f"{key}={value}").partition("=")[2]
         total, empty = _count(config)
         current = Sweep(Path(config.hydra.sweep.dir).absolute(), total, _key(config), empty=empty)
         if JOURNAL in os.environ:  # not a dry run
