@@ -4,6 +4,7 @@ Rank 0 saves what came out of each in FOLDER/STRATEGY:...:CASE.pt, or the error 
 SYNC is none, stock, or the group of NormSync.
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -103,8 +104,9 @@ def main(folder: str, *runs: str) -> None:
             train(Path(folder, f"{run}.pt"), *run.split(":"))
         except Exception as error:
             Path(folder, f"{run}.txt").write_text(str(error))
-    if dist.is_initialized():  # the threads of an open group now and then abort a process that ends
+    if dist.is_initialized():
         dist.destroy_process_group()
+    os._exit(0)  # what is left of torch's and gloo's threads now and then aborts a process that ends
 
 
 if __name__ == "__main__":
